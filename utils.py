@@ -1,0 +1,427 @@
+"""What every script needs and the paper does not speak of.
+
+How a program ends, the device, log and progress, files that a crash cannot
+spoil, downloads that are checked, confusion matrix and scores, colours, the
+learning rate. n classes; H x W pixels.
+"""
+import contextlib
+import csv
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import traceback
+import urllib.error
+import urllib.request
+import weakref
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+STOPPED = 75                 # exit status: stopped on request, can go on
+BARS = weakref.WeakSet()     # the progress bars there are
+
+
+# ------------------------------------------------- how a program ends
+def launch(main):
+    """Run main() and exit as README says: 0, 1, 2 or 75.
+
+    An error that one of this folder's own files raised is a message for the
+    user: one line on stderr, status 2 where what was asked for is at fault
+    (ValueError, FileNotFoundError), else 1. Any other error is a defect and
+    keeps its traceback.
+    """
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(f'{_script()}: interrupted')
+    except (ValueError, OSError, RuntimeError) as error:
+        if not _for_user(error):
+            raise
+        for bar in list(BARS):          # the line shall stand by itself
+            bar.close()
+        print(f'{_script()}: {error}', file=sys.stderr)
+        asked = isinstance(error, (ValueError, FileNotFoundError))
+        sys.exit(2 if asked else 1)
+
+
+def _script():
+    return os.path.basename(sys.argv[0])
+
+
+def _for_user(error):
+    """Say whether a `raise` in this folder made the error, in this process
+    or (its class is ours then) in a loader's."""
+    if type(error).__module__ == 'dataset':
+        return True
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    ours = os.path.dirname(os.path.abspath(last.filename)) == HERE
+    return ours and last.line.startswith('raise')
+
+
+class StopRequest:
+    """True once SIGTERM or Ctrl-C has come; a second Ctrl-C ends at once."""
+
+    def __init__(self):
+        self.name = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number, frame):
+        if self.name and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.name = signal.Signals(number).name
+
+    def __bool__(self):
+        return self.name is not None
+
+
+# ------------------------------------------------- device, log, progress
+def pick_device(numbers):
+    """Return the torch.device to work on: a CUDA GPU, Apple's, or the CPU.
+
+    numbers: the DEVICES setting; the first is taken, [] means any.
+    """
+    count = torch.cuda.device_count()
+    missing = [n for n in numbers if n not in range(count)]
+    if missing:
+        raise ValueError(f'DEVICES={list(numbers)}: this machine has {count} '
+                         f'CUDA GPUs, numbered from 0; DEVICES=[] takes what '
+                         f'there is')
+    if count:
+        return torch.device('cuda', numbers[0] if numbers else 0)
+    mps = torch.backends.mps.is_available()
+    return torch.device('mps' if mps else 'cpu')
+
+
+def describe_device(device):
+    """Return the device in words, for the log."""
+    if device.type == 'cuda':
+        return f'{device} ({torch.cuda.get_device_name(device)})'
+    return f'{device} ({torch.get_num_threads()} threads)'
+
+
+def seed(number, deterministic):
+    """Seed torch's random state on every device; deterministic: have a GPU
+    give the same bits every time, or raise where it cannot."""
+    torch.manual_seed(number)
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+        torch.use_deterministic_algorithms(True)
+
+
+def log(text):
+    """Print a line without tearing a progress bar."""
+    tqdm.write(text)
+    sys.stdout.flush()
+
+
+def progress(iterable=None, **words):
+    """Return a tqdm bar; in a file or a pipe it prints every 30 s only."""
+    pause = 0.2 if sys.stderr.isatty() else 30
+    bar = tqdm(iterable, mininterval=pause, maxinterval=pause,
+               dynamic_ncols=True, **words)
+    BARS.add(bar)
+    return bar
+
+
+class Log:
+    """The figures of a run: TensorBoard scalars, and lines of log.csv.
+
+    Lines and events past step `start` are from a run that was cut off before
+    its next checkpoint: they are taken out.
+    """
+
+    COLUMNS = ('step', 'loss', 'lr', 'val_mIoU', 'images_per_s')
+
+    def __init__(self, folder, start=0):
+        from tensorboardX import SummaryWriter
+        os.makedirs(folder, exist_ok=True)
+        path = os.path.join(folder, 'log.csv')
+        kept = []
+        if start and os.path.exists(path):
+            with open(path, newline='') as file:
+                kept = [row for row in list(csv.reader(file))[1:]
+                        if row and row[0].isdigit() and int(row[0]) <= start]
+        with atomic(path) as part, open(part, 'w', newline='') as file:
+            csv.writer(file).writerows([self.COLUMNS, *kept])
+        self.file = open(path, 'a', newline='')
+        self.board = SummaryWriter(folder, purge_step=start + 1)
+
+    def write(self, step, **figures):
+        """Add one step's figures, named as in COLUMNS; loss in full."""
+        cells = [step] + [f'{figures[name]:.9g}' if name in figures else ''
+                          for name in self.COLUMNS[1:]]
+        csv.writer(self.file).writerow(cells)
+        self.file.flush()
+        for name, value in figures.items():
+            self.board.add_scalar(name, value, step)
+
+    def text(self, name, text):
+        """Add a text to TensorBoard, as a block."""
+        self.board.add_text(name, '    ' + text.replace('\n', '\n    '))
+
+    def close(self):
+        self.file.close()
+        self.board.close()
+
+
+def versions():
+    """Return {name: version} of what a run's numbers depend on."""
+    return {'python': sys.version.split()[0], 'torch': str(torch.__version__),
+            'numpy': str(np.__version__), 'threads': torch.get_num_threads()}
+
+
+def git_hash():
+    """Return the commit of this folder, '-dirty' if it was edited since."""
+    done = subprocess.run(
+        ['git', 'describe', '--always', '--dirty', '--abbrev=12'], cwd=HERE,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        check=False) if shutil.which('git') else None
+    return done.stdout.strip() if done and done.stdout else 'unknown'
+
+
+# ------------------------------------------------- files
+@contextlib.contextmanager
+def atomic(path):
+    """Give a path to write to, which takes path's place when all went well.
+
+    Whatever happens meanwhile, path is the old file or the new one, whole.
+    """
+    part = f'{path}.{os.getpid()}.tmp'
+    try:
+        yield part
+        with open(part, 'rb') as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(part)
+
+
+def save(state, path):
+    """Write a checkpoint so that a crash never costs the old one.
+
+    Raises OSError that names the file when it cannot be written.
+    """
+    try:
+        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+        with atomic(path) as part:
+            torch.save(state, part)
+    except (OSError, RuntimeError) as error:     # torch's own: a full disk
+        raise OSError(
+            f'{path} cannot be written: {_first_line(error)} Make room or '
+            f'set MODEL_DIR elsewhere; what it held before is whole'
+        ) from None
+
+
+def load(path):
+    """Read a file that torch.save wrote; tensors and plain values only.
+
+    Raises FileNotFoundError, or ValueError for a file that is truncated, no
+    such file at all, or holds anything that could run code.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f'{path} is not there')
+    try:
+        return torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:      # unpickling fails in a dozen ways
+        if 'weights_only' in str(error) or 'Unsupported' in str(error):
+            raise ValueError(f'{path} holds more than tensors and plain '
+                             f'values, and is not loaded: it could run any '
+                             f'code. Take it from another source') from None
+        raise ValueError(f'{path} is truncated or no file of weights '
+                         f'({_first_line(error)}); fetch it again') from None
+
+
+def _first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def save_json(value, path):
+    """Write a JSON file, whole or not at all."""
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+    with atomic(path) as part, open(part, 'w') as file:
+        json.dump(value, file, indent=1)
+        file.write('\n')
+
+
+def save_label(label, path, colours):
+    """Write a label (H, W) uint8 as a palette PNG; colours (<= 256, 3)."""
+    image = Image.fromarray(label)          # mode L, then read as indices
+    image.putpalette(np.asarray(colours, np.uint8).tobytes())
+    with atomic(path) as part:
+        image.save(part, 'PNG')
+
+
+# ------------------------------------------------- downloads
+def check_hash(path, expected):
+    """Raise ValueError unless the file has the hash.
+
+    expected: 'md5:HEX', 'sha1:HEX' or 'sha256:HEX'; HEX may be the first
+    digits alone, as in the names of published weights.
+    """
+    kind, _, digits = expected.partition(':')
+    digest = hashlib.new(kind)
+    with open(path, 'rb') as file:
+        for block in iter(lambda: file.read(1 << 20), b''):
+            digest.update(block)
+    found = digest.hexdigest()
+    if not digits or not found.startswith(digits):
+        raise ValueError(f'{path} has the {kind} {found}, not {digits}: it is '
+                         f'damaged or another file')
+
+
+def download(url, path, expected):
+    """Fetch url to path, with a bar, and check its hash.
+
+    A download that broke off goes on where it stopped (path + '.part'); a
+    file with a wrong hash is removed. Raises OSError where nothing can be
+    fetched (it says which file to put where), ValueError for a wrong hash.
+    """
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+    part = path + '.part'
+    try:
+        _fetch(url, part)
+    except (OSError, urllib.error.URLError) as error:
+        raise OSError(f'{url} cannot be fetched ({_first_line(error)}). Run '
+                      f'again to go on, or get the file by hand and put it '
+                      f'at {path}') from None
+    try:
+        check_hash(part, expected)
+    except ValueError as error:
+        os.remove(part)
+        raise ValueError(f'{url}: {error}; it was removed') from None
+    os.replace(part, path)
+
+
+def _fetch(url, part):
+    """Append to part what of url it lacks."""
+    done = os.path.getsize(part) if os.path.exists(part) else 0
+    request = urllib.request.Request(url, headers={'User-Agent': 'emanet'})
+    if done:
+        request.add_header('Range', f'bytes={done}-')
+    try:
+        reply = urllib.request.urlopen(request, timeout=60)
+    except urllib.error.HTTPError as error:
+        if error.code == 416:           # nothing is left to fetch
+            return
+        raise
+    with reply:
+        done = done if reply.status == 206 else 0
+        length = int(reply.headers.get('Content-Length') or 0)
+        total = done + length if length else None
+        with open(part, 'ab' if done else 'wb') as file, progress(
+                desc=os.path.basename(url), total=total, initial=done,
+                unit='B', unit_scale=True) as bar:
+            for block in iter(lambda: reply.read(1 << 18), b''):
+                file.write(block)
+                bar.update(len(block))
+            done = file.tell()
+    if total and done != total:
+        raise OSError(f'broke off after {done} of {total} bytes')
+
+
+# ------------------------------------------------- scores
+def confusion_matrix(pred, label, n_classes, ignore_label):
+    """Count pixels: rows are the label's classes, columns the prediction's.
+
+    pred, label: integer tensors of one shape, on one device. Pixels whose
+    label is ignore_label are left out. Returns (n, n) int64.
+    """
+    kept = label != ignore_label
+    key = label[kept].long() * n_classes + pred[kept].long()
+    count = torch.bincount(key, minlength=n_classes ** 2)
+    return count.reshape(n_classes, n_classes)
+
+
+def scores(confusion, classes=()):
+    """Return dict(mIoU, pAcc, mAcc, fIoU, IoU), all 0..1.
+
+    confusion: (n, n), rows label. Classes that occur neither in label nor in
+    prediction are left out of the mean (IoU: a list with None for those), and
+    classes without a label out of mAcc. classes: numbers of those that enter
+    the means, () for all.
+    """
+    counts = np.asarray(confusion, np.float64)
+    hit, label, pred = counts.diagonal(), counts.sum(1), counts.sum(0)
+    with np.errstate(invalid='ignore', divide='ignore'):
+        iou, acc = hit / (label + pred - hit), hit / label
+    chosen = list(classes) or list(range(len(counts)))
+    iou_mean, acc_mean = (_mean(x[chosen]) for x in (iou, acc))
+    total = label[chosen].sum()
+    return {'mIoU': iou_mean, 'mAcc': acc_mean,
+            'pAcc': _ratio(hit[chosen].sum(), total),
+            'fIoU': _ratio((label * np.nan_to_num(iou))[chosen].sum(), total),
+            'IoU': [None if np.isnan(x) else float(x) for x in iou]}
+
+
+def _mean(values):
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if len(values) else 0.0
+
+
+def _ratio(part, whole):
+    return float(part / whole) if whole else 0.0
+
+
+# ------------------------------------------------- classes, colours, rate
+def read_classes(root, n_classes):
+    """Return the names and colours of a set's classes, [str], [[r, g, b]].
+
+    From root/classes.txt; without one, numbers and VOC's colours. Raises
+    ValueError where n_classes contradicts it.
+    """
+    path = os.path.join(root, 'classes.txt')
+    if not os.path.isfile(path):
+        return ([str(i) for i in range(n_classes)],
+                voc_palette()[:n_classes].tolist())
+    with open(path) as file:
+        rows = [line.split() for line in file if line.strip()]
+    for row in rows:
+        if len(row) < 4 or not all(x.isdecimal() and int(x) < 256
+                                   for x in row[-3:]):
+            raise ValueError(f'{path}: the line {" ".join(row)!r} is not '
+                             f'"name r g b" with colours of 0 to 255')
+    if len(rows) != n_classes:
+        raise ValueError(f'N_CLASSES={n_classes}, but {path} names '
+                         f'{len(rows)} classes; set N_CLASSES={len(rows)}')
+    return ([' '.join(row[:-3]) for row in rows],
+            [[int(x) for x in row[-3:]] for row in rows])
+
+
+def voc_palette():
+    """Return VOC's colours of the classes, (256, 3) uint8.
+
+    Bit j of a colour's channel i is bit 3 * (7 - j) + i of the class."""
+    classes = np.arange(256)
+    palette = np.zeros((256, 3), np.int64)
+    for channel in range(3):
+        for bit in range(8):
+            on = classes >> 3 * bit + channel & 1
+            palette[:, channel] |= on << 7 - bit
+    return palette.astype(np.uint8)
+
+
+def full_palette(colours):
+    """Return (256, 3) uint8: the classes' colours, then VOC's; void, 255, is
+    VOC's cream."""
+    palette = voc_palette()
+    palette[:len(colours)] = colours
+    return palette
+
+
+def poly_lr(step, lr, iter_max, power, decay):
+    """Return the learning rate at a step, counted from 1.
+
+    The poly schedule, set anew only at multiples of `decay` steps, as the
+    2019 code does: the first decay - 1 steps have the full rate.
+    """
+    return lr * (1 - step // decay * decay / iter_max) ** power
