@@ -1,0 +1,363 @@
+"""The backbone and the EMA unit: against recorded values, against plain
+references, and by their properties.
+
+    python -m pytest tests/test_network.py
+"""
+import itertools
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+import network
+
+COMBINATIONS = list(itertools.product(network.KEEPS, network.NORMS,
+                                      (False, True)))
+
+
+def unit(c=6, k=3, **words):
+    torch.manual_seed(0)
+    return network.EMAU(c, k, **words).double()
+
+
+def plain_em(x, mu, stages, norm):
+    """EM as the paper writes it, one image, in numpy: x (c, n), mu (c, k)."""
+    (c, n), k = x.shape, mu.shape[1]
+    for _ in range(stages):
+        z = np.zeros((n, k))
+        for i in range(n):
+            e = np.exp([x[:, i] @ mu[:, j] for j in range(k)])
+            z[i] = e / e.sum()
+        new = np.zeros((c, k))
+        for j in range(k):
+            weight = z[:, j] / (1e-6 + z[:, j].sum())
+            new[:, j] = sum(weight[i] * x[:, i] for i in range(n))
+            if norm == 'l2':
+                new[:, j] /= 1e-6 + math.sqrt((new[:, j] ** 2).sum())
+            if norm == 'layer':
+                new[:, j] = (new[:, j] - new[:, j].mean()) / math.sqrt(
+                    new[:, j].var() + 1e-5)
+        mu = new
+    return z, mu
+
+
+# ------------------------------------------------- EMA unit
+def test_emau_agrees_with_the_recorded_unit(shared):
+    recorded = np.load(os.path.join(shared, 'vectors', 'emau.npz'))
+    want = {key: torch.from_numpy(recorded[key]) for key in recorded}
+    emau = network.EMAU(32, 8)
+    network.set_bn_momentum(emau, 3e-4)
+    emau.load_state_dict({key[2:]: value for key, value in want.items()
+                          if key.startswith('w:')})
+    bases = []
+    emau.move = lambda mu: (bases.append(mu), network.EMAU.move(emau, mu))
+    x = want['x'].clone().requires_grad_()
+
+    def same(got, name):
+        scale = want[name].abs().max()
+        assert (got - want[name]).abs().max() < 1e-5 * scale, name
+    y = emau(x)
+    y.square().mean().backward()
+    same(y, 'train_y')
+    same(bases[0], 'train_mu')
+    same(x.grad, 'train_grad_x')
+    same(emau.conv2[0].weight.grad, 'train_grad_conv2')
+    same(emau.mu, 'buffer_after')
+    emau.eval()
+    same(emau(want['x']), 'eval_y')
+    start = emau.mu.expand(2, -1, -1)
+    *_, (_, mu) = emau.em(emau.conv1(want['x']).flatten(2), start)
+    same(mu, 'eval_mu')
+
+
+@pytest.mark.parametrize('norm', network.NORMS)
+@pytest.mark.parametrize('stages', (1, 2, 5))
+def test_em_agrees_with_plain_loops(norm, stages):
+    emau = unit(stage_num=stages, norm=norm)
+    x = torch.randn(2, 6, 7, dtype=torch.float64)
+    seen = list(emau.em(x, emau.mu.expand(2, -1, -1)))
+    assert len(seen) == stages
+    for i in range(2):
+        z, mu = plain_em(x[i].numpy(), emau.mu[0].numpy(), stages, norm)
+        np.testing.assert_allclose(seen[-1][0][i], z, rtol=1e-9)
+        np.testing.assert_allclose(seen[-1][1][i], mu, rtol=1e-9)
+
+
+def test_em_properties():
+    emau = unit(c=16, k=5)
+    x = torch.randn(3, 16, 20, dtype=torch.float64)
+    mu = emau.mu.expand(3, -1, -1)
+    shuffle = torch.randperm(20)
+    for (z, bases), (z2, bases2) in zip(emau.em(x, mu),
+                                        emau.em(x[..., shuffle], mu)):
+        torch.testing.assert_close(z.sum(2), torch.ones_like(z[..., 0]))
+        length = bases.norm(dim=1)
+        torch.testing.assert_close(length, torch.ones_like(length),
+                                   atol=1e-4, rtol=0)
+        torch.testing.assert_close(z[:, shuffle], z2)
+        torch.testing.assert_close(bases, bases2)
+
+
+def test_a_batch_equals_its_singles():
+    emau = unit().eval()
+    x = torch.randn(4, 6, 3, 5, dtype=torch.float64)
+    torch.testing.assert_close(emau(x), torch.cat([emau(y[None])
+                                                   for y in x]))
+
+
+def test_bases_are_drawn_with_length_one():
+    mu = network.EMAU(512, 64).mu
+    assert mu.shape == (1, 512, 64)
+    torch.testing.assert_close(mu.norm(dim=1), torch.ones(1, 64))
+
+
+def test_moving_average_by_hand():
+    emau = unit(c=2, k=1)
+    emau.mu.copy_(torch.tensor([[[1.0], [0.0]]]))
+    emau.move(torch.tensor([[[0.0], [1.0]], [[0.0], [3.0]]]))
+    torch.testing.assert_close(emau.mu.flatten().float(),
+                               torch.tensor([0.9, 0.2]))
+
+
+def test_the_unit_moves_its_bases_in_training_alone():
+    emau = unit()
+    x = torch.randn(2, 6, 4, 4, dtype=torch.float64)
+    before = emau.mu.clone()
+    emau.eval()(x)
+    assert torch.equal(emau.mu, before)
+    y = emau.conv1(x).flatten(2)
+    *_, (_, mu) = emau.em(y, before.expand(2, -1, -1))
+    emau.train()(x)
+    torch.testing.assert_close(emau.mu,
+                               0.9 * before + 0.1 * mu.mean(0, keepdim=True))
+
+
+@pytest.mark.parametrize('keep, norm, grad', COMBINATIONS)
+def test_every_combination_moves_what_it_should(keep, norm, grad):
+    emau = unit(keep=keep, norm=norm, grad=grad)
+    before = {key: value.clone() for key, value in emau.state_dict().items()}
+    optimizer = torch.optim.SGD(
+        [p for p in emau.parameters() if p.requires_grad], 0.1)
+    loss = emau(torch.randn(2, 6, 4, 4, dtype=torch.float64)).square().mean()
+    loss.backward()
+    optimizer.step()
+    assert torch.isfinite(loss)
+    moved = {key for key, value in emau.state_dict().items()
+             if not torch.equal(value, before[key])}
+    want = {key for key in before if key.startswith('conv2')}
+    if keep != 'fixed':
+        want.add('mu')
+    if grad or keep == 'learned':
+        want |= {'conv1.weight', 'conv1.bias'}
+    assert moved == want
+    assert all(value.isfinite().all() for value in emau.state_dict().values())
+
+
+@pytest.mark.parametrize('keep, free', (('moving_avg', 1), ('learned', 3)))
+def test_how_many_iterations_are_differentiated(keep, free):
+    """Against autograd through a plain unrolling of the last `free`."""
+    emau = unit(keep=keep, grad=keep == 'moving_avg')
+    x = torch.randn(2, 6, 7, dtype=torch.float64, requires_grad=True)
+    start = emau.mu.expand(2, -1, -1)
+    *_, (z, mu) = emau.em(x, start)
+    got, = torch.autograd.grad((mu @ z.mT).square().sum(), x)
+
+    y, mu = x.detach(), start
+    for stage in range(3):
+        if stage == 3 - free:
+            y = x
+        z = F.softmax(y.mT @ mu, 2)
+        mu = y @ (z / (1e-6 + z.sum(1, keepdim=True)))
+        mu = mu / (1e-6 + mu.norm(dim=1, keepdim=True))
+    want, = torch.autograd.grad((mu @ z.mT).square().sum(), x)
+    torch.testing.assert_close(got, want)
+
+
+def test_as_released_no_gradient_reaches_the_first_convolution():
+    emau = unit()
+    assert not any(p.requires_grad for p in emau.conv1.parameters())
+    x = torch.randn(1, 6, 4, 4, dtype=torch.float64)
+    assert all(not z.requires_grad and not mu.requires_grad
+               for z, mu in emau.em(emau.conv1(x).flatten(2), emau.mu))
+
+
+def test_iterations_of_training_and_of_evaluation():
+    emau = unit(stage_num=2, stage_num_eval=5)
+    x, mu = torch.randn(1, 6, 9, dtype=torch.float64), emau.mu
+    assert len(list(emau.em(x, mu))) == 2
+    assert len(list(emau.eval().em(x, mu))) == 5
+    assert len(list(unit(stage_num=4).eval().em(x, mu))) == 4
+
+
+def test_em_runs_in_float32_under_autocast():
+    emau = network.EMAU(6, 3)
+    seen = []
+    inner = emau.em
+
+    def em(x, mu):
+        for z, mu in inner(x, mu):
+            seen.extend([x.dtype, z.dtype, mu.dtype])
+            yield z, mu
+    emau.em = em
+    with torch.autocast('cpu', torch.bfloat16):
+        emau(torch.randn(2, 6, 4, 4))
+    assert set(seen) == {torch.float32}
+    seen.clear()
+    emau.double()(torch.randn(2, 6, 4, 4, dtype=torch.float64))
+    assert set(seen) == {torch.float64}
+
+
+# ------------------------------------------------- backbone
+@pytest.mark.parametrize('n_layers', (18, 50))
+def test_plain_resnet_agrees_with_torchvision(n_layers):
+    torch.manual_seed(0)
+    theirs = getattr(torchvision.models, f'resnet{n_layers}')().eval()
+    ours = network.ResNet(n_layers, stride=32, stem='plain').eval()
+    missing = network.load_backbone(ours, theirs.state_dict(), 'file')
+    assert missing == []
+    image = torch.randn(1, 3, 65, 97)
+    trunk = nn.Sequential(*list(theirs.children())[:-2])
+    with torch.no_grad():
+        torch.testing.assert_close(ours(image), trunk(image))
+
+
+@pytest.mark.parametrize('stride, layer3, layer4', (
+    (8, [1] + [2] * 5, [2, 8, 16]), (16, [1] * 6, [1, 4, 8]),
+    (32, [1] * 6, [1, 1, 1])))
+def test_dilations_by_hand(stride, layer3, layer4):
+    with torch.device('meta'):
+        net = network.ResNet(50, stride)
+        features = net(torch.zeros(1, 3, 129, 193))
+    assert [b.conv2.dilation[0] for b in net[6]] == layer3
+    assert [b.conv2.dilation[0] for b in net[7]] == layer4
+    assert features.shape == (1, 2048, 128 // stride + 1, 192 // stride + 1)
+
+
+def test_basic_blocks_keep_their_reach_when_dilated():
+    """A stride taken out dilates all that follows it: before multi-grid, a
+    stride-8 net seen at every second point is the stride-16 net."""
+    torch.manual_seed(0)
+    fine, coarse = (nn.Sequential(*list(network.ResNet(18, stride))[:7])
+                    .eval() for stride in (8, 16))
+    coarse.load_state_dict(fine.state_dict())
+    image = torch.randn(1, 3, 65, 65)
+    with torch.no_grad():
+        torch.testing.assert_close(fine(image)[..., ::2, ::2], coarse(image),
+                                   atol=1e-4, rtol=1e-4)
+
+
+def test_initial_weights():
+    torch.manual_seed(0)
+    net = network.EMANet(21, 18, k=64)
+    for conv in (net.extractor[7][1].conv2, net.emau.conv1,
+                 net.emau.conv2[0]):
+        fan = conv.kernel_size[0] ** 2 * conv.out_channels
+        assert abs(conv.weight.std() / math.sqrt(2 / fan) - 1) < 0.02
+    # PyTorch's own: uniform within 1 / sqrt(fan in)
+    bound = 1 / math.sqrt(9 * 512)
+    assert net.fc0.conv.weight.abs().max() <= bound
+    assert net.emau.conv1.bias.abs().max() <= 1 / math.sqrt(512)
+    assert all(m.momentum == 3e-4 for m in net.modules()
+               if isinstance(m, nn.BatchNorm2d))
+
+
+# ------------------------------------------------- the whole network
+def test_keys_are_those_of_published_checkpoints(shared):
+    path = os.path.join(shared, 'vectors', 'state_dict_keys.json')
+    with open(path) as file:
+        published = json.load(file)
+    for n_layers, want in published.items():
+        with torch.device('meta'):
+            net = network.EMANet(21, int(n_layers))
+        assert {key: list(value.shape) for key, value
+                in net.state_dict().items()} == want
+
+
+@pytest.mark.parametrize('c', (256, 512))
+def test_logits_have_the_images_size(c):
+    with torch.device('meta'):
+        net = network.EMANet(5, 50, 16, c=c)
+        assert net(torch.zeros(2, 3, 65, 50)).shape == (2, 5, 65, 50)
+    assert net.emau.mu.shape == (1, c, 64)
+
+
+@pytest.mark.parametrize('words, told', (
+    (dict(n_layers=37), '37'), (dict(stride=4), '4'),
+    (dict(stem='wide'), 'wide'), (dict(keep='learnt'), 'learnt'),
+    (dict(norm='l1'), 'l1'), (dict(stage_num=0), '0')))
+def test_unknown_parts_are_refused(words, told):
+    with torch.device('meta'), pytest.raises(ValueError, match=told):
+        network.EMANet(21, **{'n_layers': 18, **words})
+
+
+# ------------------------------------------------- loading
+def deep_weights():
+    """Weights as the recipe's files have them: torchvision's names, a deep
+    stem, the ImageNet classifier, no BN counters."""
+    state = network.ResNet(50, 32).state_dict()
+    names = ['conv1', 'bn1', '', '', 'layer1', 'layer2', 'layer3', 'layer4']
+    state = {names[int(key[0])] + key[1:]: value for key, value
+             in state.items() if not key.endswith('num_batches_tracked')}
+    return {**state, 'fc.weight': torch.zeros(1000, 2048),
+            'fc.bias': torch.zeros(1000)}
+
+
+def test_deep_stem_weights_load():
+    state = deep_weights()
+    net = network.ResNet(50, 8)
+    assert network.load_backbone(net, state, 'file') == []
+    assert torch.equal(net[0][6].weight, state['conv1.6.weight'])
+    assert torch.equal(net[7][2].bn3.running_var,
+                       state['layer4.2.bn3.running_var'])
+
+
+def test_weights_of_another_network_are_refused_by_key():
+    state = deep_weights()
+    with pytest.raises(ValueError, match='lacks conv1.weight') as error:
+        network.load_backbone(network.ResNet(50, stem='plain'), state, 'f')
+    assert 'conv1.0.weight' in str(error.value)
+    with pytest.raises(ValueError, match='layer3.6.conv1.weight'):
+        network.load_backbone(network.ResNet(101), state, 'f')
+    state['layer1.0.conv1.weight'] = torch.zeros(64, 64, 1, 1)
+    with pytest.raises(ValueError, match=r'layer1.0.conv1.weight \(64, 64, '
+                                         r'1, 1\) for \(64, 128, 1, 1\)'):
+        network.load_backbone(network.ResNet(50), state, 'f')
+
+
+def test_a_partial_file_loads_only_when_it_is_meant(shared):
+    path = os.path.join(shared, 'weights',
+                        'resnet18_conv1_to_layer3_bn_unfolded.pth')
+    state = torch.load(path, weights_only=True)
+    net = network.ResNet(18, stem='plain')
+    before = net[4][0].conv1.weight.clone()
+    with pytest.raises(ValueError, match='lacks layer4.0.conv1.weight'):
+        network.load_backbone(net, state, path)
+    assert torch.equal(net[4][0].conv1.weight, before)
+    missing = network.load_backbone(net, state, path, partial=True)
+    assert missing and all(key.startswith('layer4.') for key in missing)
+    assert torch.equal(net[4][0].conv1.weight, state['layer1.0.conv1.weight'])
+
+
+def test_a_partial_file_of_another_network_is_refused():
+    with pytest.raises(ValueError, match='lacks'):
+        network.load_backbone(network.ResNet(18), {}, 'f', partial=True)
+    with pytest.raises(ValueError, match='holds net, step'):
+        network.load_backbone(network.ResNet(18), {'net': {}, 'step': 1}, 'f',
+                              partial=True)
+
+
+def test_known_weights_are_named_by_their_hash():
+    for name, (folder, digest) in network.KNOWN.items():
+        assert folder.startswith('https://') and folder.endswith('/')
+        assert digest.partition(':')[2].startswith(name.split('-')[-1])
+    assert set(network.USUAL.values()) <= set(network.KNOWN)
+    urls = {weights.url for n in (18, 34, 50, 101, 152) for weights
+            in torchvision.models.get_model_weights(f'resnet{n}')}
+    assert urls <= {f'{folder}{name}.pth' for name, (folder, _)
+                    in network.KNOWN.items()}
