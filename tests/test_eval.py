@@ -1,0 +1,252 @@
+"""Inference and scoring against plain loops; checkpoints of every origin.
+
+    python -m pytest tests/test_eval.py
+"""
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import baselines
+import dataset
+import eval
+import network
+import settings
+from conftest import SMALL, run, words
+
+
+class Toy(torch.nn.Module):
+    """A net with a field of view, in float64, for exact comparisons."""
+
+    def __init__(self, n=5):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = torch.nn.Conv2d(3, n, 5, stride=4, padding=2)
+        self.double()
+
+    def forward(self, image):
+        return F.interpolate(self.conv(image), image.shape[-2:],
+                             mode='bilinear', align_corners=True)
+
+
+def image(*size):
+    torch.manual_seed(1)
+    return torch.randn(*size, dtype=torch.float64)
+
+
+# ------------------------------------------------- inference
+@pytest.mark.parametrize('scales', ((1.0,), (0.5, 1.0, 1.75)))
+@pytest.mark.parametrize('flip', (False, True))
+@torch.no_grad()
+def test_infer_agrees_with_a_plain_loop(scales, flip):
+    settings.STRIDE = 4
+    net, x = Toy(), image(2, 3, 30, 41)
+    probs = []
+    for scale in scales:
+        h, w = round(30 * scale), round(41 * scale)
+        y = F.interpolate(x, (h, w), mode='bilinear', align_corners=False)
+        for turn in (False, True)[:1 + flip]:
+            z = y.flip(3) if turn else y
+            full = torch.zeros(2, 3, h + -(h - 1) % 4, w + -(w - 1) % 4,
+                               dtype=torch.float64)
+            full[..., :h, :w] = z
+            p = net(full)[..., :h, :w].softmax(1)
+            p = p.flip(3) if turn else p
+            probs.append(F.interpolate(p, (30, 41), mode='bilinear',
+                                       align_corners=False))
+    want = torch.stack(probs).mean(0)
+    torch.testing.assert_close(eval.infer(net, x, scales, flip), want,
+                               atol=1e-5, rtol=1e-5)
+    assert torch.equal(eval.classify(net, x, scales, flip), want.argmax(1))
+
+
+@torch.no_grad()
+def test_infer_properties():
+    settings.STRIDE = 4
+    net, x = Toy(), image(2, 3, 33, 41)
+    prob = eval.infer(net, x, (1.0, 1.5), True)
+    torch.testing.assert_close(prob.sum(1), torch.ones_like(prob[:, 0]))
+    torch.testing.assert_close(
+        eval.infer(net, x.flip(3), (1.0, 1.5), True), prob.flip(3))
+
+
+@pytest.mark.parametrize('size, padded', (((33, 49), (33, 49)),
+                                          ((34, 40), (49, 49)),
+                                          ((1, 16), (1, 17))))
+def test_images_are_padded_to_the_grid(size, padded):
+    settings.STRIDE = 16
+    seen = []
+
+    def net(x):
+        seen.append(x)
+        return x
+    x = image(1, 3, *size)
+    assert torch.equal(eval.logits(net, x), x)
+    assert seen[0].shape[-2:] == padded
+    assert seen[0].count_nonzero() == x.count_nonzero() == x.numel()
+
+
+# ------------------------------------------------- scoring
+def plain_confusion(net, root, split, n, stride):
+    """The confusion matrix by Pillow, float tensors, an image at a time."""
+    confusion = np.zeros((n, n), np.int64)
+    with open(f'{root}/ImageSets/Segmentation/{split}.txt') as file:
+        ids = file.read().split()
+    mean = torch.tensor(settings.MEAN).view(3, 1, 1)
+    std = torch.tensor(settings.STD).view(3, 1, 1)
+    for name in ids:
+        picture = Image.open(f'{root}/JPEGImages/{name}.jpg').convert('RGB')
+        x = torch.tensor(np.array(picture)).permute(2, 0, 1).float() / 255
+        x = ((x - mean) / std)[None]
+        label = np.array(Image.open(f'{root}/SegmentationClassAug/'
+                                    f'{name}.png'))
+        h, w = label.shape
+        down, right = ((stride - (s - 1) % stride) % stride for s in (h, w))
+        x = F.pad(x, (0, right, 0, down), value=0.0)
+        full = np.full((h + down, w + right), 255)
+        full[:h, :w] = label
+        with torch.no_grad():
+            pred = net(x)[0].argmax(0).numpy()
+        for i in range(n):
+            for j in range(n):
+                confusion[i, j] += ((full == i) & (pred == j)).sum()
+    return confusion
+
+
+def test_evaluate_equals_a_plain_loop(small):
+    torch.manual_seed(0)
+    net = baselines.build_network()
+    data = dataset.Segmentation('val', train=False)
+    got = eval.evaluate(net.train(), dataset.val_loader(data))
+    assert net.training
+    want = plain_confusion(net.eval(), data.root, 'val', 6, 16)
+    np.testing.assert_array_equal(got, want)
+    assert want.trace() < want.sum() and (want.sum(0) > 0).sum() > 1
+
+
+@pytest.mark.parametrize('stride', (16, 8))
+def test_a_published_checkpoint_scores_on_photographs(shared, tmp_path,
+                                                      stride):
+    """{'net', 'step'} of an EMANet-50, 21 classes, nothing recorded; at
+    stride 8, four of the sixteen images."""
+    torch.manual_seed(0)
+    net = network.EMANet(21, 50, stride)
+    with torch.no_grad():
+        net.fc2.weight.mul_(30)         # so that many classes are predicted
+    torch.save({'net': net.state_dict(), 'step': 30000},
+               tmp_path / 'published.pth')
+    root = os.path.join(shared, 'data', 'voc_fixture')
+    if stride == 8:
+        root = a_part_of(root, tmp_path / 'part', 4)
+    done = run('eval.py', 'published.pth', f'DATA_ROOT={root}',
+               f'STRIDE={stride}', cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    with open(tmp_path / 'logdir' / 'eval.json') as file:
+        result = json.load(file)
+    want = plain_confusion(net.eval(), root, 'val', 21, stride)
+    np.testing.assert_array_equal(result['confusion'], want)
+    assert (want.sum(0) > 0).sum() > 3
+    assert result['scored']['step'] == 30000
+    assert 'N_LAYERS = 50 (published.pth)' in done.stdout
+
+
+def a_part_of(root, to, count):
+    """Make a set of the first few validation images of another."""
+    lists = to / 'ImageSets' / 'Segmentation'
+    lists.mkdir(parents=True)
+    for folder in ('JPEGImages', 'SegmentationClassAug'):
+        (to / folder).symlink_to(os.path.join(root, folder))
+    with open(os.path.join(root, 'ImageSets/Segmentation/val.txt')) as file:
+        ids = file.read().split()[:count]
+    (lists / 'val.txt').write_text('\n'.join(ids) + '\n')
+    return str(to)
+
+
+def test_the_result_on_file(small, tmp_path):
+    """eval.json by hand from its own confusion matrix."""
+    net = baselines.build_network()
+    torch.save({'net': net.state_dict(), 'step': 7}, tmp_path / 'net.pth')
+    done = run('eval.py', 'net.pth', f'DATA_ROOT={settings.DATA_ROOT}',
+               *words({k: v for k, v in SMALL.items() if k in (
+                   'STRIDE', 'NUM_WORKERS')}), 'EVAL_CLASSES=1,2',
+               cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    with open(tmp_path / 'logdir' / 'eval.json') as file:
+        result = json.load(file)
+    counts = np.array(result['confusion'])
+    iou = [counts[i, i] / (counts[i].sum() + counts[:, i].sum()
+                           - counts[i, i]) for i in (1, 2)]
+    assert result['mIoU'] == pytest.approx(np.mean(iou))
+    assert result['classes']['disc'] == pytest.approx(iou[0])
+    assert set(result) == {'mIoU', 'pAcc', 'mAcc', 'fIoU', 'classes',
+                           'confusion', 'scored'}
+    assert result['scored']['images'] == 5
+    assert 'EM_BASES = 8 (net.pth)' in done.stdout
+
+
+# ------------------------------------------------- checkpoints
+def save(small, tmp_path, **more):
+    torch.manual_seed(3)
+    net = baselines.build_network()
+    torch.save({'net': net.state_dict(), 'step': 1, **more},
+               tmp_path / 'a.pth')
+    return net.eval()
+
+
+def test_recorded_settings_rebuild_the_network(small, tmp_path):
+    """A net that its weights alone do not tell: T, norm, stride, mean."""
+    vars(settings).update(STAGE_NUM=5, EM_NORM='none', STRIDE=8,
+                          MEAN=(0.1, 0.2, 0.3))
+    net = save(small, tmp_path, settings=settings.as_dict())
+    vars(settings).update(STAGE_NUM=3, EM_NORM='l2', STRIDE=16, N_LAYERS=101,
+                          MEAN=(0.5, 0.5, 0.5), LR=0.5)
+    settings.override(['STAGE_NUM=4'])
+    again, _ = eval.load_network(str(tmp_path / 'a.pth'), 'cpu')
+    assert again.emau.stages == (4, 4)          # the command line is first
+    assert settings.MEAN == (0.1, 0.2, 0.3) and settings.LR == 0.5
+    again.emau.stages = 5, 5
+    x = torch.randn(1, 3, 33, 33)
+    with torch.no_grad():
+        assert torch.equal(again(x), net(x))
+
+
+@pytest.mark.parametrize('state, told', (
+    ({'conv1.weight': torch.zeros(1)}, 'PRETRAINED'), ([1, 2], '"net"'),
+    ({'net': {'fc2.weight': torch.zeros(1)}, 'step': 1}, 'lacks')))
+def test_what_is_no_checkpoint_is_refused(small, tmp_path, state, told):
+    torch.save(state, tmp_path / 'b.pth')
+    with pytest.raises(ValueError, match=told):
+        eval.load_network(str(tmp_path / 'b.pth'), 'cpu')
+
+
+def test_a_missing_checkpoint_is_an_error_that_lists_what_there_is(small):
+    os.makedirs('models')
+    open('models/latest.pth', 'w').close()
+    with pytest.raises(FileNotFoundError, match='latest.pth'):
+        eval.find_checkpoint(None)
+
+
+# ------------------------------------------------- drawing
+def test_overlay_shows_colours_and_a_legend():
+    picture = np.full((40, 400, 3), 100, np.uint8)
+    pred = np.zeros((40, 400), np.uint8)
+    pred[:, 200:] = 1
+    names, colours = ['ground', 'cat', 'dog'], [[0] * 3, [200, 0, 0],
+                                                [0, 0, 200]]
+    drawn = eval.overlay(picture, pred, names, colours)
+    assert drawn.shape[1] == 400 and drawn.shape[0] > 40
+    assert (drawn[20, 50] == 100).all()
+    assert drawn[20, 300, 0] > 140 > 60 > drawn[20, 300, 2]
+    key = drawn[40:].reshape(-1, 3).tolist()
+    assert [200, 0, 0] in key and [0, 0, 200] not in key
+
+
+def test_a_legend_wraps_instead_of_running_out():
+    names, colours = [f'a long name {i}' for i in range(9)], [[0, 0, 9]] * 9
+    strip = eval.legend(200, names, colours)
+    assert strip.shape[1] == 200 and (strip[:, -1] == 255).all()
+    assert strip.shape[0] > 150
