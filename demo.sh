@@ -1,0 +1,26 @@
+#!/bin/sh
+# See EMANet learn, in a few minutes on two CPU cores: generate a toy set,
+# train a small network on it, score it, draw what it predicts.
+# Further KEY=VALUE words override the settings: sh demo.sh ITER_MAX=50
+set -eu
+cd "$(dirname "$0")"
+. ./setup.sh
+
+set -- DATA_ROOT=data/toy TRAIN_SPLIT=train MODEL_DIR=demo/models \
+    LOG_DIR=demo/logdir N_CLASSES=6 N_LAYERS=18 STEM=plain PRETRAINED= \
+    STRIDE=8 EM_CHANNELS=256 BN_MOM=0.1 LR=0.02 CROP_SIZE=97 BATCH_SIZE=8 \
+    SCALES=0.75,1,1.25 ITER_MAX=200 ITER_VAL=50 NUM_WORKERS=1 "$@"
+
+python prepare.py toy
+python train.py "$@"
+python eval.py demo/models/final.pth "$@"
+python predict.py data/toy/JPEGImages/toy_000[0-7].jpg \
+    demo/models/final.pth --to demo/predictions "$@"
+
+cat << 'TEXT'
+
+Look at the overlays in demo/predictions. Then:
+  sh tensorboard.sh demo              the curves of this run
+  python prepare.py voc               PASCAL VOC and SBD, and with those
+  python train.py                     the paper's recipe, as settings.py has it
+TEXT
