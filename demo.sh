@@ -8,8 +8,8 @@ cd "$(dirname "$0")"
 
 set -- DATA_ROOT=data/toy TRAIN_SPLIT=train MODEL_DIR=demo/models \
     LOG_DIR=demo/logdir N_CLASSES=6 N_LAYERS=18 STEM=plain PRETRAINED= \
-    STRIDE=8 EM_CHANNELS=256 BN_MOM=0.1 LR=0.02 CROP_SIZE=97 BATCH_SIZE=8 \
-    SCALES=0.75,1,1.25 ITER_MAX=200 ITER_VAL=50 NUM_WORKERS=1 "$@"
+    STRIDE=8 EM_CHANNELS=256 BN_MOM=0.1 LR=0.01 CROP_SIZE=97 BATCH_SIZE=4 \
+    SCALES=0.75,1,1.25 ITER_MAX=300 ITER_VAL=100 NUM_WORKERS=1 "$@"
 
 python prepare.py toy
 python train.py "$@"

@@ -18,7 +18,7 @@ here=$(pwd)
 to=$here/../$1
 mkdir -p "$to/models"
 for file in ./*.py ./*.sh ./*.txt ./*.md LICENSE .gitignore .ci classes \
-    tests docs; do
+    tests lists docs; do
     [ ! -e "$file" ] || cp -R -- "$file" "$to/"
 done
 find "$to" -name __pycache__ -prune -exec rm -rf {} +
