@@ -22,5 +22,5 @@ cat << 'TEXT'
 Look at the overlays in demo/predictions. Then:
   sh tensorboard.sh demo              the curves of this run
   python prepare.py voc               PASCAL VOC and SBD, and with those
-  python train.py                     the paper's recipe, as settings.py has it
+  python train.py                     the recipe of settings.py
 TEXT
