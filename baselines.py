@@ -96,7 +96,7 @@ def complexity(net, size=(513, 513)):
 
 
 def main():
-    settings.override(sys.argv[1:])
+    settings.take(sys.argv[1:])
     print(f'ResNet-{settings.N_LAYERS}, {settings.STEM} stem, output stride '
           f'{settings.STRIDE}, one image of 513 x 513\n')
     print(f'{"HEAD":8} {"MACs":>10} {"activations":>12} {"parameters":>11}')

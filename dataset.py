@@ -25,6 +25,8 @@ import settings
 LISTS = os.path.join('ImageSets', 'Segmentation')
 LABELS = 'SegmentationClassAug'
 ORDER, AUGMENT = 1, 2        # what a random generator is for
+UNREADABLE = (OSError, ValueError, SyntaxError, cv2.error,
+              Image.DecompressionBombError)
 
 
 class BadSample(ValueError):
@@ -37,6 +39,12 @@ class BadSample(ValueError):
     def __str__(self):
         last = super().__str__().strip().splitlines()[-1]
         return last.removeprefix('dataset.BadSample: ')
+
+
+def _unreadable(path, kind, error):
+    reason = ' '.join(str(error).split()) or type(error).__name__
+    return BadSample(f'{path} cannot be read as a {kind} ({reason}); replace '
+                     f'it or take its id from the list')
 
 
 # ------------------------------------------------- files
@@ -55,9 +63,8 @@ def read_image(path):
             data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
         if image is None:
             raise OSError('no JPEG')
-    except (OSError, ValueError, SyntaxError, cv2.error) as error:
-        raise BadSample(f'{path} cannot be read as a picture ({error}); '
-                        f'replace it or take its id from the list') from None
+    except UNREADABLE as error:
+        raise _unreadable(path, 'picture', error) from None
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
@@ -71,9 +78,8 @@ def read_label(path):
             data = file.read()
         with Image.open(io.BytesIO(data), formats=('PNG',)) as image:
             mode, label = image.mode, np.array(image)
-    except (OSError, ValueError, SyntaxError) as error:
-        raise BadSample(f'{path} cannot be read as a PNG ({error}); replace '
-                        f'it or take its id from the list') from None
+    except UNREADABLE as error:
+        raise _unreadable(path, 'PNG', error) from None
     if mode not in ('P', 'L', '1'):
         raise BadSample(f'{path} is a PNG of mode {mode}; a label holds class '
                         f'indices, 8-bit palette or grey')
@@ -89,9 +95,8 @@ def image_size(path):
     try:
         with Image.open(path) as image:
             return image.size[::-1]
-    except (OSError, ValueError, SyntaxError) as error:
-        raise BadSample(f'{path} cannot be read as a picture ({error}); '
-                        f'replace it or take its id from the list') from None
+    except UNREADABLE as error:
+        raise _unreadable(path, 'picture', error) from None
 
 
 def read_ids(root, split):
@@ -194,9 +199,9 @@ class Segmentation(Dataset):
         """
         scale = self.scales[random.integers(len(self.scales))]
         if scale != 1:
-            image = cv2.resize(image, None, fx=scale, fy=scale,
-                               interpolation=cv2.INTER_LINEAR)
-            label = cv2.resize(label, None, fx=scale, fy=scale,
+            size = [max(1, round(side * scale)) for side in label.shape[::-1]]
+            image = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
+            label = cv2.resize(label, size,
                                interpolation=cv2.INTER_NEAREST_EXACT)
         down = max(self.crop - image.shape[0], 0)
         right = max(self.crop - image.shape[1], 0)
@@ -306,7 +311,7 @@ def normalise(image, device):
 
 def main():
     import utils
-    settings.override(sys.argv[1:])
+    settings.take(sys.argv[1:])
     data = Segmentation(settings.TRAIN_SPLIT, train=True)
     names, colours = utils.read_classes(data.root, data.n_classes)
     counts = data.check()

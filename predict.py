@@ -79,7 +79,7 @@ def main():
                                      unit='picture'):
         image = read_picture(file)
         pred = segment(net, image, device)
-        utils.save_label(pred, f'{path}.png', utils.full_palette(colours))
+        utils.save_label(pred, f'{path}.png', colours)
         Image.fromarray(eval.overlay(image, pred, names, colours)).save(
             f'{path}.overlay.jpg', quality=92)
     utils.log(f'{len(files)} pictures: masks and overlays are in {asked.to}')

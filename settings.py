@@ -100,6 +100,14 @@ def override(words):
     return rest
 
 
+def take(words):
+    """Set the globals that words like 'KEY=VALUE' name, and allow no other
+    words: ValueError."""
+    rest = override(words)
+    if rest:
+        raise ValueError(f'{rest[0]}: only KEY=VALUE words are taken here')
+
+
 def adopt(recorded):
     """Take the network's settings from a checkpoint's record.
 

@@ -196,9 +196,7 @@ def resume(path, net, optimizer):
 
 
 def main():
-    rest = settings.override(sys.argv[1:])
-    if rest:
-        raise ValueError(f'{rest[0]}: train.py takes KEY=VALUE words alone')
+    settings.take(sys.argv[1:])
     s, stop = settings, utils.StopRequest()
 
     # what can fail is tried before the first step

@@ -7,6 +7,7 @@ learning rate. n classes; H x W pixels.
 import contextlib
 import csv
 import hashlib
+import http.client
 import json
 import os
 import shutil
@@ -233,7 +234,7 @@ def load(path):
     try:
         return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:      # unpickling fails in a dozen ways
-        if 'weights_only' in str(error) or 'Unsupported' in str(error):
+        if 'global' in str(error).lower():      # the pickle names a function
             raise ValueError(f'{path} holds more than tensors and plain '
                              f'values, and is not loaded: it could run any '
                              f'code. Take it from another source') from None
@@ -254,9 +255,9 @@ def save_json(value, path):
 
 
 def save_label(label, path, colours):
-    """Write a label (H, W) uint8 as a palette PNG; colours (<= 256, 3)."""
+    """Write a label (H, W) uint8 as a palette PNG; colours [[r, g, b]]."""
     image = Image.fromarray(label)          # mode L, then read as indices
-    image.putpalette(np.asarray(colours, np.uint8).tobytes())
+    image.putpalette(full_palette(colours).tobytes())
     with atomic(path) as part:
         image.save(part, 'PNG')
 
@@ -290,7 +291,7 @@ def download(url, path, expected):
     part = path + '.part'
     try:
         _fetch(url, part)
-    except (OSError, urllib.error.URLError) as error:
+    except (OSError, http.client.HTTPException) as error:
         raise OSError(f'{url} cannot be fetched ({_first_line(error)}). Run '
                       f'again to go on, or get the file by hand and put it '
                       f'at {path}') from None

@@ -123,7 +123,7 @@ def test_settings(bad):
     expect(bad('BATCH_SIZE=0'), 'BATCH_SIZE=0', 'at least 1')
     expect(bad('SCALES=0'), 'SCALES', 'above 0')
     expect(bad('DEVICES=99'), 'DEVICES=[99]', 'DEVICES=[]')
-    expect(bad('models/x.pth'), 'models/x.pth', 'KEY=VALUE')
+    expect(bad('models/x.pth'), 'models/x.pth: only KEY=VALUE')
 
 
 def test_backbone_weights(bad):
