@@ -244,19 +244,23 @@ class Segmentation(Dataset):
 
 
 class Batches(Sampler):
-    """The keys (epoch, sample) of each step's batch, from step `start` on.
+    """The keys (epoch, sample) of what one process reads, from the step after
+    `start` on: ACCUM lists a step, in turn.
 
     Every epoch is shuffled anew by SEED; what does not fill a batch at its
-    end is dropped. A batch depends on its step alone.
+    end is dropped. A step's batch depends on the step alone; its parts, one
+    after the other, are split evenly over the processes.
     """
 
-    def __init__(self, size, start=0):
-        self.size, self.start = size, start
-        self.batch, self.stop = settings.BATCH_SIZE, settings.ITER_MAX
-        self.seed, self.per_epoch = settings.SEED, size // settings.BATCH_SIZE
+    def __init__(self, size, start=0, rank=0, world=1):
+        s = settings
+        self.size, self.start, self.stop = size, start, s.ITER_MAX
+        self.batch, self.accum, self.seed = s.BATCH_SIZE, s.ACCUM, s.SEED
+        self.rank, self.share = rank, s.BATCH_SIZE // (s.ACCUM * world)
+        self.per_epoch = size // s.BATCH_SIZE
 
     def __len__(self):
-        return self.stop - self.start
+        return (self.stop - self.start) * self.accum
 
     def __iter__(self):
         shuffled = None
@@ -266,23 +270,26 @@ class Batches(Sampler):
                 shuffled = epoch
                 random = np.random.default_rng([self.seed, epoch, 0, ORDER])
                 order = random.permutation(self.size).tolist()
-            first = place * self.batch
-            yield [(epoch, i) for i in order[first:first + self.batch]]
+            for part in range(self.accum):
+                first = (place * self.batch + self.rank * self.share
+                         + part * self.batch // self.accum)
+                yield [(epoch, i) for i in order[first:first + self.share]]
 
 
 # ------------------------------------------------- loaders
-def train_loader(data, start=0):
-    """Return a loader of the batches of steps start + 1 to ITER_MAX."""
+def train_loader(data, start=0, rank=0, world=1):
+    """Return a loader of what process `rank` of `world` reads in the steps
+    start + 1 to ITER_MAX, ACCUM batches a step."""
     if len(data) < settings.BATCH_SIZE:
         raise ValueError(f'BATCH_SIZE={settings.BATCH_SIZE}, but '
                          f'{data.split} has {len(data)} images; make the '
                          f'batch smaller')
-    return _loader(data, batch_sampler=Batches(len(data), start))
+    return _loader(data, batch_sampler=Batches(len(data), start, rank, world))
 
 
-def val_loader(data):
-    """Return a loader of single whole images, in the list's order."""
-    return _loader(data, batch_size=1)
+def val_loader(data, rank=0, world=1):
+    """Return a loader of single whole images: every world-th of the list."""
+    return _loader(data, batch_size=1, sampler=range(rank, len(data), world))
 
 
 def _loader(data, **words):
@@ -300,9 +307,9 @@ def _start_worker(worker):
 
 
 def normalise(image, device):
-    """Return images uint8 (b, 3, H, W) as float32 on the device, mean taken
-    off and divided by std."""
-    image = image.to(device, torch.float32, non_blocking=True,
+    """Return images uint8 (b, 3, H, W) as floats (torch's default, float32)
+    on the device, mean taken off and divided by std."""
+    image = image.to(device, torch.get_default_dtype(), non_blocking=True,
                      memory_format=torch.channels_last) / 255
     mean, std = (torch.tensor(x, device=device).view(3, 1, 1)
                  for x in (settings.MEAN, settings.STD))

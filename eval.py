@@ -13,6 +13,7 @@ import sys
 import cv2
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
@@ -71,19 +72,19 @@ def classify(net, image, scales=(1.0,), flip=False):
 
 @torch.no_grad()
 def evaluate(net, loader, scales=(1.0,), flip=False):
-    """Return the confusion matrix (n, n) int64, rows label, of a loader's
-    images; the net is put into evaluation mode meanwhile."""
+    """Return the confusion matrix (n, n) int64, rows label, of the images
+    of all processes' loaders; the net is left in evaluation mode."""
     n = settings.N_CLASSES
     device = next(net.parameters()).device
     confusion = torch.zeros(n, n, dtype=torch.int64, device=device)
-    training = net.training
     net.eval()
     for image, label, _ in utils.progress(loader, desc='evaluate',
                                           unit='image', leave=False):
         pred = classify(net, dataset.normalise(image, device), scales, flip)
         confusion += utils.confusion_matrix(pred, label.to(device), n,
                                             settings.IGNORE_LABEL)
-    net.train(training)
+    if utils.world() > 1:
+        dist.all_reduce(confusion)
     return confusion.cpu()
 
 
@@ -136,6 +137,22 @@ def classes_of(checkpoint):
     return utils.read_classes(settings.DATA_ROOT, settings.N_CLASSES)
 
 
+# ------------------------------------------------- data
+def open_split(split, train=False):
+    """Return a split whose every label was looked at, by one process for
+    all; its classes are checked against N_CLASSES."""
+    data = dataset.Segmentation(split, train)
+    names, _ = utils.read_classes(data.root, data.n_classes)
+    if utils.rank() or utils.spawned():
+        return data
+    counts = data.check(lambda results: utils.progress(
+        results, total=len(data), desc=f'check {split}', leave=False))
+    absent = [name for name, count in zip(names, counts) if not count]
+    if train and absent:
+        utils.log(f'warning: no pixel of {split} is {", ".join(absent)}')
+    return data
+
+
 # ------------------------------------------------- drawing
 def overlay(image, pred, names, colours):
     """Return a picture of a prediction, (H', W', 3) uint8: classes in their
@@ -177,16 +194,19 @@ def legend(width, names, colours):
 
 
 # ------------------------------------------------- report
-def report(confusion, names):
-    """Return (result for eval.json, the same as lines for people)."""
+def score(net, data, names):
+    """Score a net on a split and print it; return the result as eval.json
+    has it."""
+    loader = dataset.val_loader(data, utils.rank(), utils.world())
+    confusion = evaluate(net, loader, settings.EVAL_SCALES,
+                         settings.EVAL_FLIP)
     found = utils.scores(confusion, settings.EVAL_CLASSES)
     classes = dict(zip(names, found.pop('IoU')))
-    lines = [f'{name:20} {"-" if iou is None else f"{100 * iou:6.2f}":>6}'
-             for name, iou in classes.items()]
-    lines.append('  '.join(f'{name} {100 * value:.2f}'
-                           for name, value in found.items()))
-    return {**found, 'classes': classes,
-            'confusion': confusion.tolist()}, lines
+    for name, iou in classes.items():
+        utils.log(f'{name:20} {"-" if iou is None else f"{100 * iou:6.2f}":>6}')
+    utils.log('  '.join(f'{name} {100 * value:.2f}'
+                        for name, value in found.items()))
+    return {**found, 'classes': classes, 'confusion': confusion.tolist()}
 
 
 def check_classes(classes):
@@ -205,27 +225,29 @@ def main():
     parser.add_argument('checkpoint', nargs='?', help=argparse.SUPPRESS)
     path = find_checkpoint(
         parser.parse_args(settings.override(sys.argv[1:])).checkpoint)
-    device = utils.pick_device(settings.DEVICES)
-    utils.log(f'device: {utils.describe_device(device)}')
+    device = utils.join(utils.pick_devices(settings.DEVICES))
+    utils.log(f'device: {utils.describe_device(device)}, processes: '
+              f'{utils.world()}')
     net, checkpoint = load_network(path, device)
     check_classes(settings.EVAL_CLASSES)
-    data = dataset.Segmentation(settings.VAL_SPLIT, train=False)
-    utils.read_classes(data.root, settings.N_CLASSES)   # may contradict it
+    data = open_split(settings.VAL_SPLIT)
     names, _ = classes_of(checkpoint)
-    data.check()
-    confusion = evaluate(net, dataset.val_loader(data), settings.EVAL_SCALES,
-                         settings.EVAL_FLIP)
-    result, lines = report(confusion, names)
+    result = score(net, data, names)
+    if 'average' in checkpoint:
+        utils.log('the same with averaged weights:')
+        network.load_whole(net, checkpoint['average'], path)
+        result['average'] = score(net, data, names)
     result['scored'] = {
         'checkpoint': path, 'step': checkpoint.get('step'),
         'data': data.root, 'split': data.split, 'images': len(data),
         'stride': settings.STRIDE, 'scales': settings.EVAL_SCALES,
         'flip': settings.EVAL_FLIP, 'mean_over': settings.EVAL_CLASSES}
     out = os.path.join(settings.LOG_DIR, 'eval.json')
-    utils.save_json(result, out)
-    utils.log('\n'.join(lines))
+    if utils.rank() == 0:
+        utils.save_json(result, out)
     utils.log(f'{len(data)} images of {data.split}, step '
               f'{checkpoint.get("step")} of {path}; written to {out}')
+    utils.leave(0)
 
 
 if __name__ == '__main__':

@@ -11,6 +11,7 @@ pixels.
 import math
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -202,6 +203,9 @@ class EMAU(nn.Module):
     the M step, 'l2', 'layer' (layer norm without parameters), 'none'. grad:
     differentiate the last iteration, E and M. Where the bases are learned
     all iterations are differentiated. momentum: share of the bases kept.
+    accum (an attribute): how many forward passes make a step; all of them
+    start from the same bases, which then move once, by the mean over all and
+    over all processes.
 
     As released, EM is outside the gradient, so none reaches conv1: it stays
     as it was drawn, which the authors confirm, and is frozen openly.
@@ -221,7 +225,7 @@ class EMAU(nn.Module):
                              f'{stage_num_eval}: at least 1 and 0')
         self.stages = stage_num, stage_num_eval or stage_num
         self.keep, self.norm, self.grad = keep, norm, grad
-        self.momentum = momentum
+        self.momentum, self.accum, self.seen = momentum, 1, []
         mu = torch.randn(1, c, k) * math.sqrt(2 / k)            # (1, c, k)
         mu = mu / (1e-6 + mu.norm(dim=1, keepdim=True))
         if keep == 'learned':
@@ -276,11 +280,19 @@ class EMAU(nn.Module):
 
     @torch.no_grad()
     def move(self, mu):
-        """Move the kept bases towards the batch's mean of mu (b, c, k).
+        """Move the kept bases towards the mean of mu (b, c, k) over the
+        step's whole batch.
 
         They are not normalised again, as in the 2019 code.
         """
-        mean = mu.mean(0, keepdim=True).to(self.mu.dtype)       # (1, c, k)
+        self.seen.append(mu.mean(0, keepdim=True).to(self.mu.dtype))
+        if len(self.seen) < self.accum:
+            return
+        mean = torch.stack(self.seen).mean(0)                   # (1, c, k)
+        self.seen.clear()
+        if dist.is_initialized():
+            dist.all_reduce(mean)
+            mean /= dist.get_world_size()
         self.mu.mul_(self.momentum).add_(mean, alpha=1 - self.momentum)
 
 
@@ -310,6 +322,56 @@ def set_bn_momentum(net, momentum):
     for m in net.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
             m.momentum = momentum
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """torch's all-reduce with its gradient, which is an all-reduce too. (The
+    one in torch.distributed.nn.functional is about to go.)"""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _SumOverProcesses.forward(ctx, grad)
+
+
+class GlobalBatchNorm(nn.BatchNorm2d):
+    """Batch norm over the batches of all processes, which are of one size.
+
+    For the CPU, where torch's SyncBatchNorm refuses; differentiable.
+    """
+
+    def forward(self, x):                                       # (b, c, h, w)
+        if not self.training:
+            return super().forward(x)
+        y = wide(x)
+        count = y.numel() // y.shape[1] * dist.get_world_size()
+        total = _SumOverProcesses.apply
+        mean = total(y.sum((0, 2, 3))) / count                  # (c,)
+        y = y - mean[:, None, None]
+        var = total(y.square().sum((0, 2, 3))) / count          # (c,)
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * count / (count - 1), self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * (var + self.eps).rsqrt()
+        return (y * scale[:, None, None]
+                + self.bias[:, None, None]).to(x.dtype)
+
+
+def sync_batch_norm(net):
+    """Return the net with batch statistics taken over all processes; its
+    state_dict keeps its keys."""
+    if next(net.parameters()).device.type == 'cuda':
+        return nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    for m in net.modules():
+        if type(m) is nn.BatchNorm2d:
+            m.__class__ = GlobalBatchNorm       # same tensors, other forward
+    return net
 
 
 class EMANet(nn.Module):

@@ -70,7 +70,7 @@ def main():
                          f'checkpoints are named; name pictures, and one '
                          f'checkpoint at most')
     paths = outputs(files, asked.to)
-    device = utils.pick_device(settings.DEVICES)
+    device = utils.pick_devices(settings.DEVICES)[0]
     net, checkpoint = eval.load_network(
         eval.find_checkpoint(weights[0] if weights else None), device)
     names, colours = eval.classes_of(checkpoint)

@@ -40,13 +40,19 @@ EM_NORM = 'l2'               # of the bases: 'l2', 'layer', 'none'
 EM_GRAD = False              # True: gradient through the last iteration
 
 # ---------------------------------------------------------------- training
-BATCH_SIZE = 16              # images a step
+BATCH_SIZE = 16              # images a step, over all processes
+ACCUM = 1                    # parts that a step's batch is split into
 ITER_MAX = 30000             # steps
 LR = 9e-3                    # rate at the start; biases get twice the rate
 LR_MOM = 0.9                 # momentum of SGD
 LR_DECAY = 10                # the rate is set anew every so many steps
 POLY_POWER = 0.9             # rate = LR * (1 - step / ITER_MAX) ** POLY_POWER
 WEIGHT_DECAY = 1e-4          # of convolution weights; of nothing else
+FREEZE = ''                  # of the backbone: 'bn' (its statistics),
+#                              'backbone' (its weights as well), '': nothing
+AVERAGE = 0.0                # share kept by averaged weights a step; 0: none
+AMP = 'auto'                 # 'auto' (bf16 on a GPU that has it), 'off',
+#                              'bf16', 'fp16' (with a loss scaler)
 SEED = 66                    # of weights, order and augmentation
 DETERMINISTIC = False        # True: bit-equal runs on a GPU too, but slower
 
@@ -57,7 +63,8 @@ EVAL_FLIP = False            # True: and over the left-right flip
 EVAL_CLASSES = ()            # classes in the means, by number; (): all
 
 # ---------------------------------------------------------------- machine
-DEVICES = []                 # numbers of the GPUs to use; []: all there are
+DEVICES = []                 # GPUs by number, a process each; -1: the CPU;
+#                              []: all GPUs there are, else the CPU
 ITER_SAVE = 2000             # step_N.pth; latest.pth ten times as often
 MODEL_DIR = 'models'         # checkpoints
 LOG_DIR = 'logdir'           # TensorBoard's events, log.csv, eval.json

@@ -7,6 +7,7 @@ anew). Writes latest.pth, step_N.pth, best.pth and final.pth into MODEL_DIR;
 TensorBoard's events and log.csv into LOG_DIR. The recipe is the paper's, as
 the 2019 code ran it. Shapes: b images, n classes, H x W pixels.
 """
+import contextlib
 import difflib
 import math
 import os
@@ -16,6 +17,8 @@ import time
 
 import torch
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import baselines
 import dataset
@@ -25,6 +28,8 @@ import settings
 import utils
 
 WEIGHTS = 'models'           # where downloaded backbone weights are kept
+FREEZES = ('', 'bn', 'backbone')
+AMPS = ('auto', 'off', 'bf16', 'fp16')
 
 
 # ------------------------------------------------- loss and optimizer
@@ -70,16 +75,42 @@ def set_rate(optimizer, step):
     return rate
 
 
+def together(model, last):
+    """Return a context in which processes exchange gradients with the last
+    part of a step alone."""
+    many = isinstance(model, DistributedDataParallel)
+    return contextlib.nullcontext() if last or not many else model.no_sync()
+
+
+def check_loss(loss, step, ids):
+    """Raise RuntimeError, with the images, unless the loss is finite."""
+    if not math.isfinite(loss):
+        raise RuntimeError(f'the loss is {loss} at step {step}, images '
+                           f'{", ".join(ids)}; nothing was saved since the '
+                           f'last latest.pth. Try a lower LR')
+
+
 # ------------------------------------------------- before the first step
-def check_settings():
-    """Raise ValueError for settings that no run can have."""
+def check_settings(processes=1):
+    """Raise ValueError for settings that no run of so many processes has."""
     s = settings
-    for name in ('BATCH_SIZE', 'ITER_MAX', 'ITER_SAVE', 'LR_DECAY',
+    for name in ('BATCH_SIZE', 'ACCUM', 'ITER_MAX', 'ITER_SAVE', 'LR_DECAY',
                  'CROP_SIZE'):
         if getattr(s, name) < 1:
             raise ValueError(f'{name}={getattr(s, name)}: it is at least 1')
+    if s.BATCH_SIZE % (s.ACCUM * processes):
+        raise ValueError(f'BATCH_SIZE={s.BATCH_SIZE} does not divide into '
+                         f'{processes} processes with ACCUM={s.ACCUM} parts '
+                         f'each; change one of them (DEVICES)')
     if not s.SCALES or min(s.SCALES) <= 0:
         raise ValueError(f'SCALES={s.SCALES}: name at least one, all above 0')
+    for name, choices in (('FREEZE', FREEZES), ('AMP', AMPS)):
+        if getattr(s, name) not in choices:
+            raise ValueError(f'{name}={getattr(s, name)}: it can be '
+                             f'{", ".join(map(repr, choices))}')
+    if not 0 <= s.AVERAGE < 1:
+        raise ValueError(f'AVERAGE={s.AVERAGE}: a share of 0 to below 1, '
+                         f'such as 0.999')
     eval.check_classes(s.EVAL_CLASSES)
     if s.CROP_SIZE % s.STRIDE != 1:
         near = s.CROP_SIZE // s.STRIDE * s.STRIDE + 1
@@ -102,24 +133,12 @@ def check_folders():
                           ) from None
 
 
-def open_split(split, train):
-    """Return a split whose every label was looked at; its classes' names and
-    colours are checked against N_CLASSES."""
-    data = dataset.Segmentation(split, train)
-    names, _ = utils.read_classes(data.root, data.n_classes)
-    counts = data.check(lambda results: utils.progress(
-        results, total=len(data), desc=f'check {split}', leave=False))
-    absent = [name for name, count in zip(names, counts) if not count]
-    if train and absent:
-        utils.log(f'warning: no pixel of {split} is {", ".join(absent)}')
-    return data
-
-
 def load_pretrained(net):
     """Load the backbone weights that PRETRAINED names, fetched if need be."""
     path = pretrained_file()
     if path is None:
-        utils.log('backbone: random weights')
+        utils.log('backbone: random weights' + (
+            '; warning: FREEZE keeps them so' if settings.FREEZE else ''))
         return
     missing = network.load_backbone(net.extractor, utils.load(path), path,
                                     settings.PRETRAINED_PARTIAL)
@@ -153,25 +172,56 @@ def pretrained_file():
     return path
 
 
+def freeze(net):
+    """Take from the optimizer what FREEZE says; tell the EMA unit how many
+    parts a step has."""
+    if settings.FREEZE == 'backbone':
+        net.extractor.requires_grad_(False)
+    for module in net.modules():
+        if isinstance(module, network.EMAU):
+            module.accum = settings.ACCUM
+
+
+def set_training(net):
+    """Put the net into training mode, but for statistics that are frozen."""
+    net.train()
+    if settings.FREEZE:
+        net.extractor.eval()        # nothing but batch norm has modes there
+
+
+def amp_dtype(device):
+    """Return the type that convolutions run in under AMP, None for float32.
+    """
+    if settings.AMP == 'auto':
+        native = device.type == 'cuda' and torch.cuda.is_bf16_supported(
+            including_emulation=False)
+        return torch.bfloat16 if native else None
+    return {'off': None, 'bf16': torch.bfloat16,
+            'fp16': torch.float16}[settings.AMP]
+
+
 # ------------------------------------------------- checkpoints
-def checkpoint(net, step, best):
-    """Return what eval.py and predict.py need: weights, settings, classes."""
+def checkpoint(run, step, best, whole):
+    """Return what eval.py and predict.py need: weights, settings, classes;
+    with whole, also what the run goes on from. All processes call it.
+
+    run: {name: what has a state_dict}.
+    """
     names, colours = utils.read_classes(settings.DATA_ROOT,
                                         settings.N_CLASSES)
-    return {'net': net.state_dict(), 'step': step, 'best': best,
-            'settings': settings.as_dict(), 'classes': names,
-            'colours': colours, 'git': utils.git_hash(),
-            'versions': utils.versions()}
+    state = {'step': step, 'best': best, 'settings': settings.as_dict(),
+             'classes': names, 'colours': colours, 'git': utils.git_hash(),
+             'versions': utils.versions(),
+             'processes': utils.world()}
+    for name, part in run.items():
+        if whole or name in ('net', 'average'):
+            state[name] = part.state_dict()
+    if whole:
+        state['random'] = utils.gather(utils.random_state())
+    return state
 
 
-def resumable(state, optimizer):
-    """Return a checkpoint with all that a run goes on from."""
-    return {**state, 'optimizer': optimizer.state_dict(),
-            'random': torch.get_rng_state(),
-            'cuda_random': torch.cuda.get_rng_state_all()}
-
-
-def resume(path, net, optimizer):
+def resume(path, run):
     """Put everything back as latest.pth has it; return (step, best mIoU).
 
     Raises ValueError where a setting that alters the run has changed, or
@@ -187,12 +237,35 @@ def resume(path, net, optimizer):
                            for name, (old, new) in changed.items())
         raise ValueError(f'{path} is of a run with other settings ({listed});'
                          f' put them back, or start anew with sh clean.sh')
-    network.load_whole(net, state['net'], path)
-    optimizer.load_state_dict(state['optimizer'])
-    torch.set_rng_state(state['random'])
-    if state['cuda_random']:
-        torch.cuda.set_rng_state_all(state['cuda_random'])
+    for name, part in run.items():
+        if name in ('net', 'average'):
+            network.load_whole(part, state[name], path)
+        else:
+            part.load_state_dict(state[name])
+    if len(state['random']) == utils.world():
+        utils.set_random_state(state['random'][utils.rank()])
+    else:
+        utils.log(f'warning: {path} is of {len(state["random"])} processes, '
+                  f'these are {utils.world()}: dropout will differ')
+    for name, now in utils.versions().items():
+        if state['versions'].get(name) != now:
+            utils.log(f'warning: {path} was written with {name} '
+                      f'{state["versions"].get(name)}, this is {now}: the '
+                      f'run goes on, but not bit for bit')
+    utils.log(f'{path}: going on after step {state["step"]}')
     return state['step'], state['best']
+
+
+# ------------------------------------------------- the run
+def validate(nets, data, figures):
+    """Add the val mIoU of each net {figure's name: net} to the figures; all
+    processes share the images."""
+    for name, net in nets.items():
+        loader = dataset.val_loader(data, utils.rank(), utils.world())
+        found = utils.scores(
+            eval.evaluate(net, loader, settings.EVAL_SCALES,
+                          settings.EVAL_FLIP), settings.EVAL_CLASSES)
+        figures[name] = found['mIoU']
 
 
 def main():
@@ -200,79 +273,105 @@ def main():
     s, stop = settings, utils.StopRequest()
 
     # what can fail is tried before the first step
-    check_settings()
+    devices = utils.pick_devices(s.DEVICES)
+    check_settings(utils.world() if utils.launched() else len(devices))
     check_folders()
-    device = utils.pick_device(s.DEVICES)
-    utils.log(f'device: {utils.describe_device(device)}')
+    train_set = eval.open_split(s.TRAIN_SPLIT, train=True)
+    val_set = eval.open_split(s.VAL_SPLIT) if s.VAL_SPLIT else None
+    device = utils.join(devices)
+    utils.log(f'device: {utils.describe_device(device)}, processes: '
+              f'{utils.world()}')
+
+    # the network and what moves it
     utils.seed(s.SEED, s.DETERMINISTIC)
-    train_set = open_split(s.TRAIN_SPLIT, train=True)
-    val_set = open_split(s.VAL_SPLIT, train=False) if s.VAL_SPLIT else None
     net = baselines.build_network()
     latest = os.path.join(s.MODEL_DIR, 'latest.pth')
-    if not os.path.exists(latest):
+    resumed = utils.agreed(os.path.exists(latest), f'{latest} is there')
+    if not resumed:
         load_pretrained(net)
-    net.to(device, memory_format=torch.channels_last).train()
+    freeze(net)
+    net.to(device, memory_format=torch.channels_last)
+    if utils.world() > 1:
+        net = network.sync_batch_norm(net)
     optimizer = torch.optim.SGD(param_groups(net), s.LR, s.LR_MOM)
-    start, best = (resume(latest, net, optimizer)
-                   if os.path.exists(latest) else (0, 0.0))
-    if start:
-        utils.log(f'{latest}: going on after step {start}')
-    loader = dataset.train_loader(train_set, start)
+    amp = amp_dtype(device)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
+    run, nets = {'net': net, 'optimizer': optimizer, 'scaler': scaler}, {
+        'val_mIoU': net}
+    if s.AVERAGE:
+        average = AveragedModel(
+            net, multi_avg_fn=get_ema_multi_avg_fn(s.AVERAGE))
+        run['average'] = nets['val_mIoU_average'] = average.module
+    utils.seed(s.SEED + utils.rank(), s.DETERMINISTIC)      # of dropout
+    start, best = resume(latest, run) if resumed else (0, 0.0)
+    if s.AVERAGE:
+        average.n_averaged.fill_(start)
+    model = net if utils.world() == 1 else DistributedDataParallel(
+        net, broadcast_buffers=False)
+    loader = dataset.train_loader(train_set, start, utils.rank(),
+                                  utils.world())
     log = utils.Log(s.LOG_DIR, start)
     log.text('settings', '\n'.join(
         f'{name} = {value!r}' for name, value in s.as_dict().items()))
 
     def keep(name, whole=False):
-        state = checkpoint(net, step, best)
-        utils.save(resumable(state, optimizer) if whole else state,
-                   os.path.join(s.MODEL_DIR, name))
+        state = checkpoint(run, step, best, whole)
+        if utils.rank() == 0:
+            utils.save(state, os.path.join(s.MODEL_DIR, name))
 
-    step = start
+    step, batches = start, iter(loader)
     bar = utils.progress(total=s.ITER_MAX, initial=start, desc='train',
                          unit='step')
+    set_training(net)
     now = time.perf_counter()
-    for step, (image, label, ids) in enumerate(loader, start + 1):
+    for step in range(start + 1, s.ITER_MAX + 1):
         rate = set_rate(optimizer, step)
 
-        image = dataset.normalise(image, device)            # (b, 3, H, W)
-        label = label.to(device, non_blocking=True)         # (b, H, W)
-
-        loss = segmentation_loss(net(image), label)
+        loss, ids = 0.0, []
+        for part in range(s.ACCUM):
+            image, label, names = next(batches)
+            image = dataset.normalise(image, device)        # (b, 3, H, W)
+            label = label.to(device, non_blocking=True)     # (b, H, W)
+            with together(model, part == s.ACCUM - 1):
+                with torch.autocast(device.type, amp, enabled=amp is not None):
+                    logits = model(image)                   # (b, n, H, W)
+                share = segmentation_loss(logits, label) / s.ACCUM
+                scaler.scale(share).backward()
+            loss, ids = loss + share.item(), [*ids, *names]
+        check_loss(loss, step, ids)
+        loss, stopping = utils.mean_over_processes(loss, bool(stop))
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad()
-        loss.backward()
-        value = loss.item()
-        if not math.isfinite(value):
-            raise RuntimeError(f'the loss is {value} at step {step}, images '
-                               f'{", ".join(ids)}; nothing was saved since '
-                               f'the last latest.pth. Try a lower LR')
-        optimizer.step()
+        if s.AVERAGE:
+            average.update_parameters(net)
 
-        speed = len(ids) / (time.perf_counter() - now)
-        figures = {'loss': value, 'lr': rate, 'images_per_s': speed}
-        bar.set_postfix(loss=f'{value:.3f}', lr=f'{rate:.2e}',
+        speed = s.BATCH_SIZE / (time.perf_counter() - now)
+        figures = {'loss': loss, 'lr': rate, 'images_per_s': speed}
+        bar.set_postfix(loss=f'{loss:.3f}', lr=f'{rate:.2e}',
                         images_s=f'{speed:.1f}', refresh=False)
         bar.update()
 
         last = step == s.ITER_MAX
         if val_set and (last or s.ITER_VAL and step % s.ITER_VAL == 0):
-            found = utils.scores(eval.evaluate(
-                net, dataset.val_loader(val_set), s.EVAL_SCALES,
-                s.EVAL_FLIP), s.EVAL_CLASSES)
-            figures['val_mIoU'] = found['mIoU']
-            utils.log(f'step {step}: val mIoU {100 * found["mIoU"]:.2f}')
-            if found['mIoU'] > best:
-                best = found['mIoU']
+            validate(nets, val_set, figures)
+            set_training(net)
+            utils.log(f'step {step}: ' + ', '.join(
+                f'{name.replace("_", " ")} {100 * figures[name]:.2f}'
+                for name in nets))
+            if figures['val_mIoU'] > best:
+                best = figures['val_mIoU']
                 keep('best.pth')
         log.write(step, **figures)
-        if last or stop or step % max(1, s.ITER_SAVE // 10) == 0:
+        if last or stopping or step % max(1, s.ITER_SAVE // 10) == 0:
             keep('latest.pth', whole=True)
         if step % s.ITER_SAVE == 0:
             keep(f'step_{step}.pth', whole=True)
-        if stop and not last:
+        if stopping and not last:
             bar.close()
-            utils.log(f'{stop.name}: stopped after step {step}; '
-                      f'python train.py goes on')
-            sys.exit(utils.STOPPED)
+            utils.log(f'{stop.name or "a signal"}: stopped after step {step};'
+                      f' python train.py goes on')
+            utils.leave(utils.STOPPED)
         now = time.perf_counter()
 
     keep('final.pth')
@@ -280,6 +379,7 @@ def main():
     log.close()
     utils.log(f'done: {os.path.join(s.MODEL_DIR, "final.pth")}, step {step}'
               + (f', best val mIoU {100 * best:.2f}' if val_set else ''))
+    utils.leave(0)
 
 
 if __name__ == '__main__':

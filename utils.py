@@ -6,14 +6,17 @@ learning rate. n classes; H x W pixels.
 """
 import contextlib
 import csv
+import datetime
 import hashlib
 import http.client
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
 import traceback
 import urllib.error
 import urllib.request
@@ -21,6 +24,7 @@ import weakref
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
@@ -43,13 +47,29 @@ def launch(main):
     except KeyboardInterrupt:
         sys.exit(f'{_script()}: interrupted')
     except (ValueError, OSError, RuntimeError) as error:
-        if not _for_user(error):
+        if _lost_worker(error):
+            error = OSError(f'a loader process died ({_first_line(error)}). '
+                            f'Was memory short? Fewer NUM_WORKERS need less')
+        elif world() > 1 and (isinstance(error, dist.DistError)
+                              or 'gloo' in str(error)):
+            error = OSError(f'process {rank()} lost another process '
+                            f'({_first_line(error)})')
+        elif not _for_user(error):
             raise
         for bar in list(BARS):          # the line shall stand by itself
             bar.close()
+        if rank():          # what all processes say, the first says for all
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(5)
         print(f'{_script()}: {error}', file=sys.stderr)
         asked = isinstance(error, (ValueError, FileNotFoundError))
         sys.exit(2 if asked else 1)
+
+
+def _lost_worker(error):
+    """Say whether torch has raised this, wherever the main process was, as a
+    DataLoader's process died."""
+    return isinstance(error, RuntimeError) and 'DataLoader w' in str(error)
 
 
 def _script():
@@ -67,7 +87,8 @@ def _for_user(error):
 
 
 class StopRequest:
-    """True once SIGTERM or Ctrl-C has come; a second Ctrl-C ends at once."""
+    """True once SIGTERM or Ctrl-C has come, or the process that spawned this
+    one is gone; a second Ctrl-C ends at once."""
 
     def __init__(self):
         self.name = None
@@ -80,25 +101,149 @@ class StopRequest:
         self.name = signal.Signals(number).name
 
     def __bool__(self):
+        if spawned() and os.environ['SPAWNED_BY'] != str(os.getppid()):
+            self.name = self.name or 'the end of the process that started us'
         return self.name is not None
 
 
-# ------------------------------------------------- device, log, progress
-def pick_device(numbers):
-    """Return the torch.device to work on: a CUDA GPU, Apple's, or the CPU.
+# ------------------------------------------------- processes
+def rank():
+    """Return this process's number; 0 logs and writes files."""
+    return int(os.environ.get('RANK', 0))
 
-    numbers: the DEVICES setting; the first is taken, [] means any.
+
+def world():
+    """Return the number of processes that work together."""
+    return int(os.environ['WORLD_SIZE']) if launched() else 1
+
+
+def launched():
+    """Say whether torchrun or spawn() has started this process."""
+    return 'RANK' in os.environ
+
+
+def spawned():
+    """Say whether spawn() of another process has started this one."""
+    return 'SPAWNED_BY' in os.environ
+
+
+def spawn(count):
+    """Run this program's command in `count` processes; return their exit
+    status, STOPPED if one has that, else the first that is not 0.
+
+    They find each other as torchrun's do, by the environment. Where one
+    fails the others are ended.
+    """
+    with socket.socket() as free:
+        free.bind(('localhost', 0))
+        port = free.getsockname()[1]
+    threads = max(1, (os.cpu_count() or 1) // count)
+    shared = {'OMP_NUM_THREADS': str(threads), **os.environ,
+              'MASTER_ADDR': 'localhost', 'MASTER_PORT': str(port),
+              'WORLD_SIZE': str(count), 'SPAWNED_BY': str(os.getpid())}
+    running = [subprocess.Popen(
+        [sys.executable, *sys.argv],
+        env={**shared, 'RANK': str(i), 'LOCAL_RANK': str(i)})
+        for i in range(count)]
+    stop, passed_on, failed = StopRequest(), False, 0
+    while any(process.poll() is None for process in running):
+        codes = [process.poll() for process in running]
+        failed = failed or next((c for c in codes if c not in (
+            None, 0, STOPPED)), 0)
+        if failed or stop and not passed_on:
+            passed_on = True
+            for process in running:
+                process.terminate()
+        if failed:
+            _end(running, seconds=20)
+        time.sleep(0.1)
+    codes = [process.returncode for process in running]
+    failed = failed or next((c for c in codes if c not in (0, STOPPED)), 0)
+    if failed < 0:
+        log(f'a process was ended by {signal.Signals(-failed).name}; the '
+            f'others were stopped')
+    return (abs(failed) and (failed if failed > 0 else 1)) or max(codes)
+
+
+def _end(running, seconds):
+    """Wait for processes to end; kill those that take longer."""
+    until = time.monotonic() + seconds
+    for process in running:
+        try:
+            process.wait(max(0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def join(devices):
+    """Become one of several processes where a launcher, torchrun or spawn(),
+    says so; return this process's device.
+
+    Where nobody launched several but several devices are asked for, they are
+    spawned here, and this process exits with their status.
+    """
+    if not launched():
+        if len(devices) > 1:
+            sys.exit(spawn(len(devices)))
+        return devices[0]
+    local = int(os.environ['LOCAL_RANK'])
+    if devices[0].type != 'cpu' and local >= len(devices):
+        raise ValueError(f'process {local} of this machine has no device: '
+                         f'there are {len(devices)}; start fewer')
+    device = devices[local % len(devices)]
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)
+    dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo',
+                            timeout=datetime.timedelta(minutes=10))
+    return device
+
+
+def leave(status):
+    """End this process in good order with the others."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if status:
+        sys.exit(status)
+
+
+def mean_over_processes(*values):
+    """Return the numbers' means over all processes, as floats."""
+    if world() == 1:
+        return [float(value) for value in values]
+    device = 'cuda' if dist.get_backend() == 'nccl' else 'cpu'
+    numbers = torch.tensor([float(v) for v in values], dtype=torch.float64,
+                           device=device)
+    dist.all_reduce(numbers)
+    return (numbers / world()).tolist()
+
+
+def gather(value):
+    """Return the plain values of all processes, by rank."""
+    if world() == 1:
+        return [value]
+    values = [None] * world()
+    dist.all_gather_object(values, value)
+    return values
+
+
+# ------------------------------------------------- device, log, progress
+def pick_devices(numbers):
+    """Return the torch.devices to work on, one process each: CUDA GPUs by
+    their numbers, Apple's GPU, or the CPU.
+
+    numbers: the DEVICES setting; [] means all there are, -1 is the CPU.
     """
     count = torch.cuda.device_count()
-    missing = [n for n in numbers if n not in range(count)]
+    missing = [n for n in numbers if n not in range(-1, count)]
     if missing:
         raise ValueError(f'DEVICES={list(numbers)}: this machine has {count} '
-                         f'CUDA GPUs, numbered from 0; DEVICES=[] takes what '
-                         f'there is')
-    if count:
-        return torch.device('cuda', numbers[0] if numbers else 0)
+                         f'CUDA GPUs, numbered from 0; -1 is the CPU, and '
+                         f'DEVICES=[] takes what there is')
+    if numbers or count:
+        return [torch.device('cpu') if n < 0 else torch.device('cuda', n)
+                for n in numbers or range(count)]
     mps = torch.backends.mps.is_available()
-    return torch.device('mps' if mps else 'cpu')
+    return [torch.device('mps' if mps else 'cpu')]
 
 
 def describe_device(device):
@@ -118,8 +263,33 @@ def seed(number, deterministic):
         torch.use_deterministic_algorithms(True)
 
 
+def agreed(value, what):
+    """Return a value that is the same in all processes; raise RuntimeError
+    where it is not, as for a folder that machines do not share."""
+    values = gather(value)
+    if values != [value] * len(values):
+        raise RuntimeError(f'the processes differ on whether {what}: '
+                           f'{values}; have all machines share that folder')
+    return value
+
+
+def random_state():
+    """Return this process's random state, of the CPU and of its GPU."""
+    return [torch.get_rng_state()] + (
+        [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
+
+
+def set_random_state(state):
+    """Put back what random_state() returned."""
+    torch.set_rng_state(state[0])
+    if state[1:] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state[1])
+
+
 def log(text):
-    """Print a line without tearing a progress bar."""
+    """Print a line, once for all processes, without tearing a bar."""
+    if rank():
+        return
     tqdm.write(text)
     sys.stdout.flush()
 
@@ -128,7 +298,7 @@ def progress(iterable=None, **words):
     """Return a tqdm bar; in a file or a pipe it prints every 30 s only."""
     pause = 0.2 if sys.stderr.isatty() else 30
     bar = tqdm(iterable, mininterval=pause, maxinterval=pause,
-               dynamic_ncols=True, **words)
+               dynamic_ncols=True, disable=rank() > 0, **words)
     BARS.add(bar)
     return bar
 
@@ -140,9 +310,13 @@ class Log:
     its next checkpoint: they are taken out.
     """
 
-    COLUMNS = ('step', 'loss', 'lr', 'val_mIoU', 'images_per_s')
+    COLUMNS = ('step', 'loss', 'lr', 'val_mIoU', 'val_mIoU_average',
+               'images_per_s')
 
     def __init__(self, folder, start=0):
+        self.off = rank() > 0               # one process writes for all
+        if self.off:
+            return
         from tensorboardX import SummaryWriter
         os.makedirs(folder, exist_ok=True)
         path = os.path.join(folder, 'log.csv')
@@ -158,6 +332,8 @@ class Log:
 
     def write(self, step, **figures):
         """Add one step's figures, named as in COLUMNS; loss in full."""
+        if self.off:
+            return
         cells = [step] + [f'{figures[name]:.9g}' if name in figures else ''
                           for name in self.COLUMNS[1:]]
         csv.writer(self.file).writerow(cells)
@@ -167,11 +343,13 @@ class Log:
 
     def text(self, name, text):
         """Add a text to TensorBoard, as a block."""
-        self.board.add_text(name, '    ' + text.replace('\n', '\n    '))
+        if not self.off:
+            self.board.add_text(name, '    ' + text.replace('\n', '\n    '))
 
     def close(self):
-        self.file.close()
-        self.board.close()
+        if not self.off:
+            self.file.close()
+            self.board.close()
 
 
 def versions():
@@ -196,7 +374,7 @@ def atomic(path):
 
     Whatever happens meanwhile, path is the old file or the new one, whole.
     """
-    part = f'{path}.{os.getpid()}.tmp'
+    part = f'{path}.tmp'        # one left by a kill is written over
     try:
         yield part
         with open(part, 'rb') as file:
@@ -217,10 +395,12 @@ def save(state, path):
         with atomic(path) as part:
             torch.save(state, part)
     except (OSError, RuntimeError) as error:     # torch's own: a full disk
+        if _lost_worker(error):
+            raise
         raise OSError(
-            f'{path} cannot be written: {_first_line(error)} Make room or '
-            f'set MODEL_DIR elsewhere; what it held before is whole'
-        ) from None
+            f'{path} cannot be written: is the disk full? '
+            f'({_first_line(error)}) Make room or set MODEL_DIR elsewhere; '
+            f'what it held before is whole') from None
 
 
 def load(path):

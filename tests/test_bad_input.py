@@ -96,7 +96,7 @@ def test_a_class_that_never_occurs_is_warned_of(bad, monkeypatch, capsys):
         label = dataset.read_label(path)
         label[label == 3] = 0
         Image.fromarray(label).save(path)
-    train.open_split('train', train=True)
+    eval.open_split('train', train=True)
     assert 'warning: no pixel of train is triangle\n' in (
         capsys.readouterr().out)
 

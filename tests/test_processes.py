@@ -1,0 +1,287 @@
+"""Several processes equal one: in training, on the CPU by gloo, and in
+evaluation. Accumulation, frozen parts, averaged weights, mixed precision.
+
+Dropout is off where processes are compared: each draws its own.
+
+    python -m pytest tests/test_processes.py
+"""
+import csv
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import baselines
+import network
+import settings
+import train
+import utils
+from conftest import REPO, SMALL, run, words
+
+# train.py as it is, in a float type of the test's, each process keeping what
+# its network holds after each step
+CHILD = '''
+import os, sys, torch
+sys.path.insert(0, sys.argv[1])
+torch.set_default_dtype(getattr(torch, sys.argv[2]))
+import train, utils
+inner = train.checkpoint
+def checkpoint(run, step, *rest):
+    torch.save(run['net'].state_dict(), f'rank{utils.rank()}_{step}.pth')
+    return inner(run, step, *rest)
+train.checkpoint = checkpoint
+sys.argv = ['train.py', *sys.argv[3:]]
+utils.launch(train.main)
+'''
+
+
+def train_in(folder, count, dtype, **changes):
+    """Train in `count` processes; return log.csv's rows and latest.pth."""
+    os.makedirs(folder)
+    given = words({**SMALL, 'DATA_ROOT': settings.DATA_ROOT, 'DROPOUT': 0.0,
+                   'BATCH_SIZE': 4, 'ITER_SAVE': 1, **changes})
+    with socket.socket() as free:
+        free.bind(('localhost', 0))
+        port = str(free.getsockname()[1])
+    launcher = {} if count == 1 else {'WORLD_SIZE': str(count),
+                                      'MASTER_ADDR': 'localhost',
+                                      'MASTER_PORT': port}
+    running = []
+    for i in range(count):
+        env = {**os.environ, 'OMP_NUM_THREADS': '1', **launcher}
+        if count > 1:
+            env.update(RANK=str(i), LOCAL_RANK=str(i))
+        running.append(subprocess.Popen(
+            [sys.executable, '-c', CHILD, REPO, dtype, *given], cwd=folder,
+            env=env, text=True, stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL))
+    for process in running:
+        error = process.communicate(timeout=280)[1]
+        assert process.returncode == 0, error[-3000:]
+    with open(os.path.join(folder, 'logdir', 'log.csv')) as file:
+        return list(csv.DictReader(file)), utils.load(
+            os.path.join(folder, 'models', 'latest.pth'))
+
+
+def same(a, b, rtol):
+    """Compare tensors by name, each by the norm of the difference."""
+    assert a.keys() == b.keys()
+    for key in a:
+        if a[key].is_floating_point():
+            assert (a[key] - b[key]).norm() <= rtol * a[key].norm(), key
+        else:
+            assert torch.equal(a[key], b[key]), key
+
+
+def momentum(checkpoint):
+    state = checkpoint['optimizer']['state']
+    return {str(i): state[i]['momentum_buffer'] for i in state}
+
+
+@pytest.mark.parametrize('dtype, steps, changes', (
+    ('float64', 5, {'ITER_VAL': 5}), ('float32', 1, {}),
+    ('float64', 3, {'ACCUM': 2, 'EM_KEEP': 'learned', 'AVERAGE': 0.5})))
+def test_two_processes_equal_one(small, dtype, steps, changes):
+    """Loss, gradients (as momentum), weights, bases, BN's buffers."""
+    one, a = train_in('one', 1, dtype, ITER_MAX=steps, **changes)
+    two, b = train_in('two', 2, dtype, ITER_MAX=steps, **changes)
+    assert len(one) == len(two) == steps
+    for x, y in zip(one, two):
+        assert float(x['loss']) == pytest.approx(float(y['loss']), rel=1e-5)
+        if dtype == 'float64':
+            assert x['val_mIoU'] == y['val_mIoU']
+    same(a['net'], b['net'], 1e-5)
+    same(momentum(a), momentum(b), 1e-5)
+    if 'AVERAGE' in changes:
+        same(a['average'], b['average'], 1e-5)
+    for step in range(1, steps + 1):
+        ranks = [torch.load(f'two/rank{i}_{step}.pth', weights_only=True)
+                 for i in (0, 1)]
+        for key, value in ranks[0].items():
+            assert torch.equal(value, ranks[1][key]), (key, step)
+    start = baselines.build_network().state_dict()
+    assert not torch.equal(a['net']['fc2.weight'].float(),
+                           start['fc2.weight'])
+
+
+def test_train_spawns_a_process_for_each_device(toy, tmp_path):
+    """And a resume of it, bit for bit with dropout on."""
+    given = words({**SMALL, 'DATA_ROOT': toy, 'ITER_SAVE': 1, 'DROPOUT': 0.5})
+    for folder, steps in (('whole', 4), ('parts', 4)):
+        names = [f'MODEL_DIR={folder}', f'LOG_DIR={folder}']
+        done = run('train.py', *given, *names, 'DEVICES=-1,-1', cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count('processes: 2') == 1
+        if folder == 'parts':
+            os.replace(tmp_path / 'parts/step_2.pth',
+                       tmp_path / 'parts/latest.pth')
+            done = run('train.py', *given, *names, 'DEVICES=-1,-1',
+                       cwd=tmp_path)
+            assert 'going on after step 2' in done.stdout, done.stderr
+    a, b = (utils.load(str(tmp_path / folder / 'final.pth'))['net']
+            for folder in ('whole', 'parts'))
+    for key in a:
+        assert torch.equal(a[key], b[key]), key
+
+
+def test_three_processes_count_every_image_once(small, toy):
+    """5 images of val over 3 processes, by torchrun and by train.py's own
+    way of starting several."""
+    torch.manual_seed(0)
+    torch.save({'net': baselines.build_network().state_dict(), 'step': 1},
+               'a.pth')
+    given = ['a.pth', f'DATA_ROOT={toy}', 'STRIDE=16', 'NUM_WORKERS=0']
+    found = []
+    for name, extra in (('one', []), ('three', ['DEVICES=-1,-1,-1'])):
+        done = run('eval.py', *given, f'LOG_DIR={name}', *extra, cwd='.')
+        assert done.returncode == 0, done.stderr
+        with open(f'{name}/eval.json') as file:
+            found.append(json.load(file)['confusion'])
+    done = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node',
+         '3', os.path.join(REPO, 'eval.py'), *given, 'LOG_DIR=torchrun'],
+        text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    with open('torchrun/eval.json') as file:
+        found.append(json.load(file)['confusion'])
+    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_array_equal(found[0], found[2])
+
+
+def test_a_batch_that_does_not_divide_is_refused(small):
+    vars(settings).update(BATCH_SIZE=6, ACCUM=2)
+    train.check_settings(3)
+    with pytest.raises(ValueError, match='BATCH_SIZE=6 .* 4 processes'):
+        train.check_settings(4)
+
+
+# ------------------------------------------------- one small GPU
+def test_parts_of_a_step_have_the_whole_gradient(small):
+    """ACCUM=2 against the plain sum over both parts, in float64; all start
+    from the same bases, which move once, by the mean."""
+    settings.FREEZE = 'bn'
+    torch.manual_seed(0)
+    net = baselines.build_network().double()
+    settings.ACCUM = 2
+    train.freeze(net)
+    train.set_training(net)
+    for m in net.modules():         # the head's too: then parts are exact
+        if isinstance(m, torch.nn.modules.batchnorm._BatchNorm):
+            m.eval()
+    net.fc1[1].p = 0.0
+    x = torch.randn(4, 3, 33, 33, dtype=torch.float64)
+    label = torch.randint(0, 6, (4, 33, 33))
+    before = net.emau.mu.clone()
+    bases = []
+    inner = net.emau.em
+
+    def em(*a):
+        for z, mu in inner(*a):
+            yield z, mu
+        bases.append(mu)
+    net.emau.em = em
+    for part in (0, 2):
+        share = train.segmentation_loss(net(x[part:part + 2]),
+                                        label[part:part + 2]) / 2
+        share.backward()
+        if part == 0:
+            assert torch.equal(net.emau.mu, before)
+    parts = [p.grad.clone() for p in net.parameters() if p.grad is not None]
+    want = 0.9 * before + 0.1 * torch.cat(bases).mean(0, keepdim=True)
+    torch.testing.assert_close(net.emau.mu, want)
+
+    net.zero_grad()
+    net.emau.mu.copy_(before)
+    net.emau.accum = 1
+    train.segmentation_loss(net(x), label).backward()
+    whole = [p.grad for p in net.parameters() if p.grad is not None]
+    for a, b in zip(parts, whole, strict=True):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(net.emau.mu, want)
+
+
+@pytest.mark.parametrize('what', ('bn', 'backbone'))
+def test_frozen_parts_do_not_move(small, what, monkeypatch):
+    """Over a validation as well, which turns modes about."""
+    vars(settings).update(FREEZE=what, ITER_VAL=1, ITER_MAX=3)
+    monkeypatch.setattr(sys, 'argv', ['train.py'])
+    utils.seed(settings.SEED, False)
+    before = baselines.build_network().state_dict()
+    train.main()
+    after = utils.load('models/final.pth')['net']
+    moved = {key for key in before if not torch.equal(before[key],
+                                                      after[key])}
+    backbone = {key for key in moved if key.startswith('extractor')}
+    assert not any('running' in key for key in backbone)
+    assert (not backbone) == (what == 'backbone')
+    assert {'fc0.bn.running_mean', 'fc2.weight', 'emau.mu'} <= moved
+
+
+# ------------------------------------------------- averaged weights
+def test_averaged_weights_by_hand(small, monkeypatch):
+    """a <- d a + (1 - d) w after each step; buffers are copied; both nets
+    are scored; a resume goes on bit for bit."""
+    vars(settings).update(AVERAGE=0.75, ITER_SAVE=1, ITER_VAL=1)
+    monkeypatch.setattr(sys, 'argv', ['train.py'])
+    train.main()
+    steps = [utils.load(f'models/step_{i}.pth') for i in (1, 2, 3, 4)]
+    want = steps[0]['net']['fc2.weight']
+    for state in steps:
+        want = 0.75 * want + 0.25 * state['net']['fc2.weight']
+        torch.testing.assert_close(state['average']['fc2.weight'], want)
+        for name in ('emau.mu', 'fc0.bn.running_var'):
+            assert torch.equal(state['average'][name], state['net'][name])
+    with open('logdir/log.csv') as file:
+        rows = list(csv.DictReader(file))
+    assert all(row['val_mIoU'] and row['val_mIoU_average'] for row in rows)
+    os.replace('models/step_2.pth', 'models/latest.pth')
+    train.main()
+    again = utils.load('models/latest.pth')['average']
+    for key, value in again.items():
+        assert torch.equal(value, steps[3]['average'][key]), key
+    done = run('eval.py', f'DATA_ROOT={settings.DATA_ROOT}', cwd='.')
+    assert done.returncode == 0, done.stderr
+    with open('logdir/eval.json') as file:
+        result = json.load(file)
+    assert result['average']['mIoU'] == pytest.approx(
+        float(rows[-1]['val_mIoU_average']), rel=1e-6)
+
+
+# ------------------------------------------------- mixed precision
+def test_amp_types(small):
+    cpu = torch.device('cpu')
+    for name, want in (('auto', None), ('off', None),
+                       ('bf16', torch.bfloat16), ('fp16', torch.float16)):
+        settings.AMP = name
+        assert train.amp_dtype(cpu) is want
+
+
+@pytest.mark.parametrize('name', ('bf16', 'fp16'))
+def test_mixed_precision_trains_on_what_it_should(small, name, monkeypatch):
+    """Convolutions in the short type, EM and loss in float32."""
+    seen = {}
+
+    def note(what, module, inner):
+        def call(*a, **k):
+            seen[what] = next(x for x in a if torch.is_tensor(x)).dtype
+            return inner(*a, **k)
+        monkeypatch.setattr(module, what, call)
+    note('upsample', network, network.upsample)
+    note('cross_entropy', train.F, train.F.cross_entropy)
+    inner = network.EMAU.em
+    monkeypatch.setattr(network.EMAU, 'em', lambda unit, x, mu: (
+        seen.update(em=x.dtype), inner(unit, x, mu))[1])
+    settings.AMP = name
+    monkeypatch.setattr(sys, 'argv', ['train.py'])
+    train.main()
+    short = {'bf16': torch.bfloat16, 'fp16': torch.float16}[name]
+    assert seen['em'] == seen['cross_entropy'] == torch.float32
+    state = utils.load('models/latest.pth')
+    assert all(v.isfinite().all() and v.dtype != short
+               for v in state['net'].values())
+    assert bool(state['scaler']) == (name == 'fp16')
