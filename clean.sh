@@ -7,8 +7,11 @@ python=$(command -v python || command -v python3)
 models=$("$python" -c 'import settings; print(settings.MODEL_DIR)')
 log=$("$python" -c 'import settings; print(settings.LOG_DIR)')
 
-rm -f -- "$models"/latest.pth "$models"/best.pth "$models"/final.pth \
-    "$models"/step_[0-9]*.pth "$models"/*.pth.[0-9]*.tmp \
+for name in latest best final 'step_[0-9]*'; do
+    # shellcheck disable=SC2086  # the pattern shall match
+    rm -f -- "$models"/$name.pth "$models"/$name.pth.tmp
+done
+rm -f -- \
     "$log"/log.csv "$log"/eval.json "$log"/samples.png \
     "$log"/events.out.tfevents.*
 if [ -d "$log" ]; then

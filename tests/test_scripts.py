@@ -64,7 +64,7 @@ def test_clean_removes_what_a_run_made_and_nothing_else(folder):
     kept = ['models/resnet18-f37072fd.pth', 'models/step_best.pth',
             'data/toy/classes.txt', 'predictions/a.png', 'logdir/mine.txt']
     gone = ['models/latest.pth', 'models/best.pth', 'models/final.pth',
-            'models/step_20.pth', 'models/latest.pth.77.tmp',
+            'models/step_20.pth', 'models/latest.pth.tmp',
             'logdir/log.csv', 'logdir/eval.json',
             'logdir/events.out.tfevents.1.host']
     for name in kept + gone:

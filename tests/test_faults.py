@@ -1,0 +1,208 @@
+"""What strikes a run from outside: signals, a full disk, processes that die.
+Each ends in one line or in nothing lost. README has the table.
+
+    python -m pytest tests/test_faults.py
+"""
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import settings
+import utils
+from conftest import REPO, SMALL, words
+
+LONG = {'ITER_MAX': 3000, 'ITER_SAVE': 1}
+
+
+@pytest.fixture
+def start(small, toy):
+    """Start train.py in this folder; what still runs at the end is killed."""
+    running = []
+
+    def begin(*arguments, child=None, **changes):
+        program = [os.path.join(REPO, 'train.py')] if child is None else [
+            '-c', child, REPO]
+        given = words({**SMALL, 'DATA_ROOT': toy, **changes})
+        process = subprocess.Popen(
+            [sys.executable, *program, *given, *arguments], text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env={**os.environ, 'OMP_NUM_THREADS': '1'},
+            start_new_session=True)
+        running.append(process)
+        return process
+    yield begin
+    for process in running:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+
+def steps(count, log='logdir/log.csv'):
+    """Wait until log.csv has so many steps; return the last."""
+    for _ in range(1200):
+        if os.path.exists(log):
+            with open(log) as file:
+                rows = file.read().splitlines()[1:]
+            if len(rows) >= count:
+                return int(rows[-1].split(',')[0])
+        time.sleep(0.1)
+    raise AssertionError('the run does not get on')
+
+
+def children(pid):
+    """Return the processes that a process has started."""
+    with open(f'/proc/{pid}/task/{pid}/children') as file:
+        return [int(child) for child in file.read().split()]
+
+
+def alive(pid):
+    try:
+        with open(f'/proc/{pid}/stat') as file:
+            return file.read().rpartition(')')[2].split()[0] != 'Z'
+    except FileNotFoundError:
+        return False
+
+
+def the_line(process, seconds=60):
+    """Return (exit status, the one line for the user) of a run that ends."""
+    out, err = process.communicate(timeout=seconds)
+    lines = [part for line in err.splitlines() for part in line.split('\r')
+             if 'train.py: ' in part]
+    assert 'Traceback' not in err, err
+    return process.returncode, (lines or [''])[0], out
+
+
+@pytest.mark.parametrize('devices', ([], ['DEVICES=-1,-1']))
+def test_sigterm_saves_and_asks_to_be_started_again(start, devices):
+    process = start(*devices, **{**LONG, 'ITER_SAVE': 5000})
+    steps(3)
+    process.send_signal(signal.SIGTERM)
+    status, _, out = the_line(process)
+    assert status == utils.STOPPED and 'python train.py goes on' in out
+    step = utils.load('models/latest.pth')['step']
+    assert step == steps(1)
+    assert sorted(os.listdir('models')) == ['latest.pth']
+
+
+def test_a_full_disk_costs_nothing(start):
+    """A limit on the size of files stands for the disk."""
+    changes = {'ITER_MAX': 4, 'ITER_SAVE': 3, 'VAL_SPLIT': ''}
+    start(**changes).wait(120)
+    os.replace('models/step_3.pth', 'models/latest.pth')
+    size = os.path.getsize('models/latest.pth')
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, before[1]))
+    try:
+        process = start(**changes)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    status, line, _ = the_line(process)
+    assert status == 1 and 'models/latest.pth cannot be written' in line
+    assert 'Make room' in line
+    assert utils.load('models/latest.pth')['step'] == 3
+    assert not [name for name in os.listdir('models') if 'tmp' in name]
+
+
+DYING = '''
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import torch, train, utils
+save, count = torch.save, [0]
+def half(state, path):
+    save(state, path)
+    count[0] += 1
+    if count[0] == 3:
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+torch.save = half
+sys.argv = ['train.py', *sys.argv[2:]]
+utils.launch(train.main)
+'''
+
+
+def test_kill_9_in_the_middle_of_a_save(start):
+    """The next start finds the checkpoint before, whole, and ends where an
+    uninterrupted run does."""
+    changes = {'ITER_MAX': 5, 'ITER_SAVE': 10, 'DROPOUT': 0.5}
+    whole = start('MODEL_DIR=whole', 'LOG_DIR=whole', **changes)
+    assert whole.wait(120) == 0
+    process = start(child=DYING, **changes)
+    assert process.wait(120) == -signal.SIGKILL
+    assert utils.load('models/latest.pth')['step'] == 2
+    assert start(**changes).wait(120) == 0
+    a, b = (utils.load(f'{folder}/final.pth')['net']
+            for folder in ('whole', 'models'))
+    for key in a:
+        assert torch.equal(a[key], b[key]), key
+    assert not [name for name in os.listdir('models') if 'tmp' in name]
+
+
+def test_a_killed_process_ends_the_others(start):
+    process = start('DEVICES=-1,-1', **LONG)
+    steps(2)
+    both = children(process.pid)
+    assert len(both) == 2
+    os.kill(both[1], signal.SIGKILL)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert 'a process was ended by SIGKILL' in out + err
+    assert not any(alive(pid) for pid in both)
+    assert utils.load('models/latest.pth')['step'] >= 1
+
+
+def test_processes_end_with_the_one_that_started_them(start):
+    process = start('DEVICES=-1,-1', **LONG)
+    steps(2)
+    both = children(process.pid)
+    process.kill()
+    for _ in range(300):
+        if not any(alive(pid) for pid in both):
+            break
+        time.sleep(0.1)
+    assert not any(alive(pid) for pid in both)
+    assert utils.load('models/latest.pth')['step'] >= 2
+
+
+def test_a_killed_loader_process_ends_the_run(start):
+    process = start(NUM_WORKERS=1, **LONG)
+    steps(2)
+    worker, = children(process.pid)
+    os.kill(worker, signal.SIGKILL)
+    status, line, _ = the_line(process)
+    assert status == 1 and 'a loader process died' in line
+    assert utils.load('models/latest.pth')['step'] >= 1
+
+
+def test_a_fault_in_one_of_two_processes_is_told_once(start, toy):
+    """A setting that is refused, and a picture that cannot be read."""
+    process = start('DEVICES=-1,-1', N_LAYERS=20)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and err.count('N_LAYERS=20') == 1, err
+
+
+def test_a_folder_that_machines_do_not_share_is_noticed(monkeypatch):
+    monkeypatch.setattr(utils, 'gather', lambda value: [value, not value])
+    with pytest.raises(RuntimeError, match='have all machines share'):
+        utils.agreed(True, 'models/latest.pth is there')
+    monkeypatch.setattr(utils, 'gather', lambda value: [value] * 3)
+    assert utils.agreed(False, 'x') is False
+
+
+def test_a_resume_by_another_number_of_processes_is_warned_of(small, capsys,
+                                                              monkeypatch):
+    import train
+    vars(settings).update(ITER_MAX=2)
+    monkeypatch.setattr(sys, 'argv', ['train.py'])
+    train.main()
+    state = utils.load('models/latest.pth')
+    state['random'] *= 2
+    utils.save({**state, 'step': 1}, 'models/latest.pth')
+    train.main()
+    assert 'is of 2 processes, these are 1' in capsys.readouterr().out
