@@ -309,11 +309,10 @@ def _start_worker(worker):
 def normalise(image, device):
     """Return images uint8 (b, 3, H, W) as floats (torch's default, float32)
     on the device, mean taken off and divided by std."""
-    image = image.to(device, torch.get_default_dtype(), non_blocking=True,
-                     memory_format=torch.channels_last) / 255
+    image = image.to(device, torch.get_default_dtype(), non_blocking=True)
     mean, std = (torch.tensor(x, device=device).view(3, 1, 1)
                  for x in (settings.MEAN, settings.STD))
-    return (image - mean) / std
+    return (image / 255 - mean) / std
 
 
 def main():

@@ -125,8 +125,7 @@ def load_network(path, device):
         utils.log(f'{name} = {value!r} ({path})')
     net = baselines.build_network()
     network.load_whole(net, checkpoint['net'], path)
-    return (net.to(device, memory_format=torch.channels_last).eval(),
-            checkpoint)
+    return net.to(device).eval(), checkpoint
 
 
 def classes_of(checkpoint):

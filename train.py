@@ -257,15 +257,36 @@ def resume(path, run):
 
 
 # ------------------------------------------------- the run
-def validate(nets, data, figures):
-    """Add the val mIoU of each net {figure's name: net} to the figures; all
-    processes share the images."""
+def build(device, fresh):
+    """Return (net, optimizer, averaged net or None), on the device; fresh:
+    start from the pretrained backbone."""
+    utils.seed(settings.SEED, settings.DETERMINISTIC)
+    net = baselines.build_network()
+    if fresh:
+        load_pretrained(net)
+    freeze(net)
+    net.to(device, memory_format=torch.channels_last)
+    if utils.world() > 1:
+        net = network.sync_batch_norm(net)
+    optimizer = torch.optim.SGD(param_groups(net), settings.LR,
+                                settings.LR_MOM)
+    average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(
+        settings.AVERAGE)) if settings.AVERAGE else None
+    torch.manual_seed(settings.SEED + utils.rank())     # of dropout
+    return net, optimizer, average
+
+
+def validate(nets, data, step, figures):
+    """Add the val mIoU of each net {figure's name: net} to the figures, and
+    say it; all processes share the images."""
     for name, net in nets.items():
         loader = dataset.val_loader(data, utils.rank(), utils.world())
         found = utils.scores(
             eval.evaluate(net, loader, settings.EVAL_SCALES,
                           settings.EVAL_FLIP), settings.EVAL_CLASSES)
         figures[name] = found['mIoU']
+        utils.log(f'step {step}: {name.replace("_", " ")} '
+                  f'{100 * found["mIoU"]:.2f}')
 
 
 def main():
@@ -282,29 +303,17 @@ def main():
     utils.log(f'device: {utils.describe_device(device)}, processes: '
               f'{utils.world()}')
 
-    # the network and what moves it
-    utils.seed(s.SEED, s.DETERMINISTIC)
-    net = baselines.build_network()
     latest = os.path.join(s.MODEL_DIR, 'latest.pth')
     resumed = utils.agreed(os.path.exists(latest), f'{latest} is there')
-    if not resumed:
-        load_pretrained(net)
-    freeze(net)
-    net.to(device, memory_format=torch.channels_last)
-    if utils.world() > 1:
-        net = network.sync_batch_norm(net)
-    optimizer = torch.optim.SGD(param_groups(net), s.LR, s.LR_MOM)
+    net, optimizer, average = build(device, fresh=not resumed)
     amp = amp_dtype(device)
     scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
-    run, nets = {'net': net, 'optimizer': optimizer, 'scaler': scaler}, {
-        'val_mIoU': net}
-    if s.AVERAGE:
-        average = AveragedModel(
-            net, multi_avg_fn=get_ema_multi_avg_fn(s.AVERAGE))
+    nets = {'val_mIoU': net}
+    run = {'net': net, 'optimizer': optimizer, 'scaler': scaler}
+    if average:
         run['average'] = nets['val_mIoU_average'] = average.module
-    utils.seed(s.SEED + utils.rank(), s.DETERMINISTIC)      # of dropout
     start, best = resume(latest, run) if resumed else (0, 0.0)
-    if s.AVERAGE:
+    if average:
         average.n_averaged.fill_(start)
     model = net if utils.world() == 1 else DistributedDataParallel(
         net, broadcast_buffers=False)
@@ -343,7 +352,7 @@ def main():
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        if s.AVERAGE:
+        if average:
             average.update_parameters(net)
 
         speed = s.BATCH_SIZE / (time.perf_counter() - now)
@@ -354,11 +363,8 @@ def main():
 
         last = step == s.ITER_MAX
         if val_set and (last or s.ITER_VAL and step % s.ITER_VAL == 0):
-            validate(nets, val_set, figures)
+            validate(nets, val_set, step, figures)
             set_training(net)
-            utils.log(f'step {step}: ' + ', '.join(
-                f'{name.replace("_", " ")} {100 * figures[name]:.2f}'
-                for name in nets))
             if figures['val_mIoU'] > best:
                 best = figures['val_mIoU']
                 keep('best.pth')

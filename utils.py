@@ -109,7 +109,7 @@ class StopRequest:
 # ------------------------------------------------- processes
 def rank():
     """Return this process's number; 0 logs and writes files."""
-    return int(os.environ.get('RANK', 0))
+    return int(os.environ['RANK']) if launched() else 0
 
 
 def world():
@@ -119,7 +119,7 @@ def world():
 
 def launched():
     """Say whether torchrun or spawn() has started this process."""
-    return 'RANK' in os.environ
+    return {'RANK', 'LOCAL_RANK', 'WORLD_SIZE'} <= set(os.environ)
 
 
 def spawned():
@@ -162,7 +162,9 @@ def spawn(count):
     if failed < 0:
         log(f'a process was ended by {signal.Signals(-failed).name}; the '
             f'others were stopped')
-    return (abs(failed) and (failed if failed > 0 else 1)) or max(codes)
+    if failed:
+        return failed if failed > 0 else 1
+    return max(codes)
 
 
 def _end(running, seconds):

@@ -179,3 +179,7 @@ def test_the_readme_speaks_of_every_script(folder):
         if name.endswith(('.py', '.sh')) or name in ('classes', 'tests'):
             assert name in text, name
     assert len([n for n in os.listdir(folder) if n.endswith('.py')]) < 10
+    tests = ''.join(path.read_text() for path in (folder / 'tests').iterdir()
+                    if path.suffix == '.py')
+    for name in re.findall(r'`(test_\w+)`', text):
+        assert f'def {name}(' in tests, name

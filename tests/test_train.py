@@ -157,26 +157,29 @@ def test_known_weights_are_fetched_checked_and_reused(monkeypatch, small):
 
 
 # ------------------------------------------------- runs
-def test_a_stopped_run_goes_on_bit_for_bit(small, monkeypatch):
-    """5 steps, then the rest of 8, equal 8 in one go: 12 images in batches
-    of 2 end an epoch at step 6; dropout is on."""
+@pytest.mark.parametrize('stop, workers', ((4, (2, 0)), (6, (0, 2))))
+def test_a_stopped_run_goes_on_bit_for_bit(small, monkeypatch, stop,
+                                           workers):
+    """4 or 6 steps, then the rest of 8, equal 8 in one go: 12 images in
+    batches of 2 end an epoch at step 6; dropout is on."""
     changes = {'ITER_MAX': 8, 'DROPOUT': 0.5, 'ITER_VAL': 3}
     vars(settings).update(changes, MODEL_DIR='whole', LOG_DIR='whole')
     whole = go(monkeypatch)
 
-    def stop_at_5(optimizer, step, set_rate=train.set_rate):
-        if step == 5:
+    def stopping(optimizer, step, set_rate=train.set_rate):
+        if step == stop:
             os.kill(os.getpid(), signal.SIGTERM)
         return set_rate(optimizer, step)
-    vars(settings).update(MODEL_DIR='parts', LOG_DIR='parts', NUM_WORKERS=2)
+    vars(settings).update(MODEL_DIR='parts', LOG_DIR='parts',
+                          NUM_WORKERS=workers[0])
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
-        patch.setattr(train, 'set_rate', stop_at_5)
+        patch.setattr(train, 'set_rate', stopping)
         go(monkeypatch)
     assert end.value.code == utils.STOPPED == 75
-    assert utils.load('parts/latest.pth')['step'] == 5
-    settings.NUM_WORKERS = 0
+    assert utils.load('parts/latest.pth')['step'] == stop
+    settings.NUM_WORKERS = workers[1]
     with open('parts/log.csv', 'a') as file:        # as a crash may leave it
-        file.write('6,9.9,9.9,,9.9\n')
+        file.write(f'{stop + 1},9.9,9.9,,,9.9\n')
     parts = go(monkeypatch)
 
     a, b = state('whole/latest.pth'), state('parts/latest.pth')
