@@ -4,7 +4,7 @@ and its final weights equal those of a run that nobody disturbed.
 
     python tests/stress.py [KILLS]          about 15 minutes on two CPU cores
 
-Every step saves, so that many kills fall into a save. Prints its figures,
+Every step saves latest.pth, so that many kills fall into a save. Prints its figures,
 which README quotes; exit status 1 where anything was lost.
 """
 import os
@@ -25,7 +25,7 @@ import utils        # noqa: E402
 SETTINGS = ('DATA_ROOT=toy N_CLASSES=6 TRAIN_SPLIT=train VAL_SPLIT= '
             'N_LAYERS=18 STEM=plain PRETRAINED= STRIDE=16 CROP_SIZE=33 '
             'EM_CHANNELS=32 EM_BASES=8 BATCH_SIZE=2 BN_MOM=0.1 DROPOUT=0.5 '
-            'ITER_MAX=150 ITER_SAVE=1 NUM_WORKERS=1').split()
+            'ITER_MAX=150 ITER_SAVE=10 NUM_WORKERS=1').split()
 
 
 def begin(folder):
@@ -37,7 +37,7 @@ def begin(folder):
 
 
 def drop_old_steps(folder):
-    """Keep the disk free of step_N.pth, which ITER_SAVE=1 brings."""
+    """Keep the disk free of step_N.pth."""
     for name in os.listdir(folder):
         if name.startswith('step_'):
             os.remove(os.path.join(folder, name))

@@ -17,7 +17,8 @@ import settings
 import utils
 from conftest import REPO, SMALL, words
 
-LONG = {'ITER_MAX': 3000, 'ITER_SAVE': 1}
+# latest.pth at every step, no validation
+LONG = {'ITER_MAX': 3000, 'ITER_SAVE': 10, 'VAL_SPLIT': '', 'CROP_SIZE': 33}
 
 
 @pytest.fixture
@@ -130,7 +131,7 @@ utils.launch(train.main)
 def test_kill_9_in_the_middle_of_a_save(start):
     """The next start finds the checkpoint before, whole, and ends where an
     uninterrupted run does."""
-    changes = {'ITER_MAX': 5, 'ITER_SAVE': 10, 'DROPOUT': 0.5}
+    changes = {**LONG, 'ITER_MAX': 5, 'DROPOUT': 0.5}
     whole = start('MODEL_DIR=whole', 'LOG_DIR=whole', **changes)
     assert whole.wait(120) == 0
     process = start(child=DYING, **changes)

@@ -49,7 +49,7 @@ def block(kind, after):
 
 def test_the_demo_in_short(folder):
     """All of it but the training's length."""
-    done = sh(folder, 'demo.sh', 'ITER_MAX=2')
+    done = sh(folder, 'demo.sh', 'ITER_MAX=2', 'STRIDE=32')
     assert done.returncode == 0, done.stderr[-2000:]
     assert 'demo/predictions' in done.stdout
     drawn = os.listdir(folder / 'demo' / 'predictions')
