@@ -50,7 +50,7 @@ def kill_often(folder, kills):
     while True:
         run = begin(folder)
         try:
-            error = run.communicate(timeout=random.uniform(2, 14) if
+            error = run.communicate(timeout=random.uniform(1, 11) if
                                     len(found) < kills else 3600)[1]
         except subprocess.TimeoutExpired:
             run.kill()
