@@ -208,13 +208,17 @@ def score(net, data, names):
     return {**found, 'classes': classes, 'confusion': confusion.tolist()}
 
 
-def check_classes(classes):
-    """Raise ValueError unless EVAL_CLASSES names classes."""
-    wrong = [i for i in classes if i not in range(settings.N_CLASSES)]
+def check_settings():
+    """Raise ValueError unless EVAL_CLASSES and EVAL_SCALES can be scored."""
+    n, classes = settings.N_CLASSES, settings.EVAL_CLASSES
+    wrong = [i for i in classes if i not in range(n)]
     if wrong:
-        raise ValueError(f'EVAL_CLASSES={tuple(classes)}: there is no class '
-                         f'{wrong[0]}; classes are 0 to '
-                         f'{settings.N_CLASSES - 1}')
+        raise ValueError(f'EVAL_CLASSES={classes}: there is no class '
+                         f'{wrong[0]}; classes are 0 to {n - 1}')
+    scales = settings.EVAL_SCALES
+    if not scales or min(scales) <= 0:
+        raise ValueError(f'EVAL_SCALES={scales}: name at least one, all '
+                         f'above 0')
 
 
 def main():
@@ -228,7 +232,7 @@ def main():
     utils.log(f'device: {utils.describe_device(device)}, processes: '
               f'{utils.world()}')
     net, checkpoint = load_network(path, device)
-    check_classes(settings.EVAL_CLASSES)
+    check_settings()
     data = open_split(settings.VAL_SPLIT)
     names, _ = classes_of(checkpoint)
     result = score(net, data, names)

@@ -69,6 +69,7 @@ def main():
         raise ValueError(f'{len(files)} pictures and {len(weights)} '
                          f'checkpoints are named; name pictures, and one '
                          f'checkpoint at most')
+    eval.check_settings()
     paths = outputs(files, asked.to)
     device = utils.pick_devices(settings.DEVICES)[0]
     net, checkpoint = eval.load_network(

@@ -30,6 +30,9 @@ import utils
 WEIGHTS = 'models'           # where downloaded backbone weights are kept
 FREEZES = ('', 'bn', 'backbone')
 AMPS = ('auto', 'off', 'bf16', 'fp16')
+LEAST = {1: 'BATCH_SIZE ACCUM ITER_MAX ITER_SAVE LR_DECAY CROP_SIZE STRIDE '
+            'EM_CHANNELS EM_BASES',
+         0: 'ITER_VAL NUM_WORKERS SEED'}
 
 
 # ------------------------------------------------- loss and optimizer
@@ -94,10 +97,11 @@ def check_loss(loss, step, ids):
 def check_settings(processes=1):
     """Raise ValueError for settings that no run of so many processes has."""
     s = settings
-    for name in ('BATCH_SIZE', 'ACCUM', 'ITER_MAX', 'ITER_SAVE', 'LR_DECAY',
-                 'CROP_SIZE'):
-        if getattr(s, name) < 1:
-            raise ValueError(f'{name}={getattr(s, name)}: it is at least 1')
+    for least, names in LEAST.items():
+        for name in names.split():
+            if getattr(s, name) < least:
+                raise ValueError(f'{name}={getattr(s, name)}: it is at least '
+                                 f'{least}')
     if s.BATCH_SIZE % (s.ACCUM * processes):
         raise ValueError(f'BATCH_SIZE={s.BATCH_SIZE} does not divide into '
                          f'{processes} processes with ACCUM={s.ACCUM} parts '
@@ -108,10 +112,11 @@ def check_settings(processes=1):
         if getattr(s, name) not in choices:
             raise ValueError(f'{name}={getattr(s, name)}: it can be '
                              f'{", ".join(map(repr, choices))}')
-    if not 0 <= s.AVERAGE < 1:
-        raise ValueError(f'AVERAGE={s.AVERAGE}: a share of 0 to below 1, '
-                         f'such as 0.999')
-    eval.check_classes(s.EVAL_CLASSES)
+    for name in ('AVERAGE', 'DROPOUT'):
+        if not 0 <= getattr(s, name) < 1:
+            raise ValueError(f'{name}={getattr(s, name)}: a share of 0 to '
+                             f'below 1')
+    eval.check_settings()
     if s.CROP_SIZE % s.STRIDE != 1:
         near = s.CROP_SIZE // s.STRIDE * s.STRIDE + 1
         utils.log(f'warning: CROP_SIZE={s.CROP_SIZE} is not k * STRIDE + 1, '

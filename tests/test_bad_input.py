@@ -121,7 +121,13 @@ def test_settings(bad):
     expect(bad('N_LAYERS=20'), 'N_LAYERS=20', '18, 34, 50, 101, 152')
     expect(bad('HEAD=emma'), 'HEAD=emma', 'ema, fcn')
     expect(bad('BATCH_SIZE=0'), 'BATCH_SIZE=0', 'at least 1')
-    expect(bad('SCALES=0'), 'SCALES', 'above 0')
+    for word in ('STRIDE=0', 'NUM_WORKERS=-1', 'SEED=-1', 'EM_BASES=0'):
+        expect(bad(word), word, 'at least')
+    expect(bad('SCALES=0'), 'SCALES=(0.0,)', 'above 0')
+    expect(bad('EVAL_SCALES=()'), 'EVAL_SCALES', 'at least one')
+    expect(bad('DROPOUT=1.5'), 'DROPOUT=1.5', 'below 1')
+    expect(bad('FREEZE=all'), 'FREEZE=all', "'backbone'")
+    expect(bad('AMP=int8'), 'AMP=int8', "'bf16'")
     expect(bad('DEVICES=99'), 'DEVICES=[99]', 'DEVICES=[]')
     expect(bad('models/x.pth'), 'models/x.pth: only KEY=VALUE')
 
