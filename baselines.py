@@ -91,7 +91,8 @@ def complexity(net, size=(513, 513)):
         net(torch.zeros(1, 3, *size, device=device))
     for hook in hooks:
         hook.remove()
-    return {'macs': counter.get_total_flops() // 2, 'activations': sum(put_out),
+    return {'macs': counter.get_total_flops() // 2,
+            'activations': sum(put_out),
             'params': sum(p.numel() for p in net.parameters())}
 
 

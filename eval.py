@@ -202,7 +202,8 @@ def score(net, data, names):
     found = utils.scores(confusion, settings.EVAL_CLASSES)
     classes = dict(zip(names, found.pop('IoU')))
     for name, iou in classes.items():
-        utils.log(f'{name:20} {"-" if iou is None else f"{100 * iou:6.2f}":>6}')
+        shown = '-' if iou is None else f'{100 * iou:.2f}'
+        utils.log(f'{name:20} {shown:>6}')
     utils.log('  '.join(f'{name} {100 * value:.2f}'
                         for name, value in found.items()))
     return {**found, 'classes': classes, 'confusion': confusion.tolist()}

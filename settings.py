@@ -15,7 +15,7 @@ IGNORE_LABEL = 255           # label value of void pixels: no loss, no score
 MEAN = (0.485, 0.456, 0.406)  # of R, G, B in 0..1, subtracted
 STD = (0.229, 0.224, 0.225)  # of R, G, B in 0..1, divided by
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)  # training scales, one drawn
-CROP_SIZE = 513              # side of the training crop, pixels; k * STRIDE + 1
+CROP_SIZE = 513              # side of the crop, pixels; k * STRIDE + 1
 NUM_WORKERS = 4              # loader processes, for each training process
 
 # ---------------------------------------------------------------- network

@@ -4,8 +4,8 @@ and its final weights equal those of a run that nobody disturbed.
 
     python tests/stress.py [KILLS]          about 15 minutes on two CPU cores
 
-Every step saves latest.pth, so that many kills fall into a save. Prints its figures,
-which README quotes; exit status 1 where anything was lost.
+Every step saves latest.pth, so that many kills fall into a save. Prints its
+figures, which README quotes; exit status 1 where anything was lost.
 """
 import os
 import random
