@@ -128,7 +128,7 @@ def test_evaluate_equals_a_plain_loop(small):
     assert want.trace() < want.sum() and (want.sum(0) > 0).sum() > 1
 
 
-@pytest.mark.parametrize('stride, count', ((16, 6), (8, 2)))
+@pytest.mark.parametrize('stride, count', ((16, 3), (8, 1)))
 def test_a_published_checkpoint_scores_on_photographs(shared, tmp_path,
                                                       stride, count):
     """{'net', 'step'} of an EMANet-50, 21 classes, nothing recorded; on some

@@ -80,9 +80,9 @@ def the_line(process, seconds=60):
     return process.returncode, (lines or [''])[0], out
 
 
-@pytest.mark.parametrize('devices', ([], ['DEVICES=-1,-1']))
-def test_sigterm_saves_and_asks_to_be_started_again(start, devices):
-    process = start(*devices, **{**LONG, 'ITER_SAVE': 5000})
+def test_sigterm_saves_and_asks_to_be_started_again(start):
+    """To the process that has started two others."""
+    process = start('DEVICES=-1,-1', **{**LONG, 'ITER_SAVE': 5000})
     steps(3)
     process.send_signal(signal.SIGTERM)
     status, _, out = the_line(process)

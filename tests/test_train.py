@@ -233,15 +233,21 @@ def test_a_loss_that_is_not_finite_stops_the_run(small, monkeypatch):
 
 
 def test_it_learns(small, monkeypatch, toy):
-    """A small EMANet on the toy set's own training images."""
+    """Four pictures by heart: a small EMANet, to a high mIoU on them."""
+    lists = os.path.join(toy, 'ImageSets', 'Segmentation')
+    with open(os.path.join(lists, 'train.txt')) as file:
+        few = file.read().split()[:4]
+    with open(os.path.join(lists, 'few.txt'), 'w') as file:
+        file.write('\n'.join(few))
     vars(settings).update(
-        VAL_SPLIT='train', CROP_SIZE=97, STRIDE=8, BATCH_SIZE=4, LR=0.01,
-        ITER_MAX=120, SCALES=(1.0,), EM_CHANNELS=64, EM_BASES=16)
+        TRAIN_SPLIT='few', VAL_SPLIT='few', CROP_SIZE=97, STRIDE=8,
+        BATCH_SIZE=4, LR=0.01, ITER_MAX=90, SCALES=(1.0,), EM_CHANNELS=64,
+        EM_BASES=16, DROPOUT=0.0)
     rows = go(monkeypatch)
-    assert float(rows[120]['val_mIoU']) > 0.8
+    assert float(rows[90]['val_mIoU']) > 0.7
     before = sum(float(rows[step]['loss']) for step in range(1, 6))
-    after = sum(float(rows[step]['loss']) for step in range(116, 121))
-    assert after < before / 3
+    after = sum(float(rows[step]['loss']) for step in range(86, 91))
+    assert after < before / 4
 
 
 def test_the_net_that_is_not_resumed_is_seeded(small):
