@@ -155,7 +155,7 @@ def spawn(count):
             for process in running:
                 process.terminate()
         if failed:
-            _end(running, seconds=20)
+            _end(running, seconds=10)
         time.sleep(0.1)
     codes = [process.returncode for process in running]
     failed = failed or next((c for c in codes if c not in (0, STOPPED)), 0)

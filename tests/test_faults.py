@@ -146,10 +146,12 @@ def test_kill_9_in_the_middle_of_a_save(start):
 
 
 def test_a_killed_process_ends_the_others(start):
+    """Also one that cannot end by itself, as in a collective that hangs."""
     process = start('DEVICES=-1,-1', **LONG)
     steps(2)
     both = children(process.pid)
     assert len(both) == 2
+    os.kill(both[0], signal.SIGSTOP)
     os.kill(both[1], signal.SIGKILL)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1
