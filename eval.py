@@ -137,12 +137,12 @@ def classes_of(checkpoint):
 
 
 # ------------------------------------------------- data
-def open_split(split, train=False):
+def open_split(split, train=False, checked=False):
     """Return a split whose every label was looked at, by one process for
-    all; its classes are checked against N_CLASSES."""
+    all, or before (checked); its classes are checked against N_CLASSES."""
     data = dataset.Segmentation(split, train)
     names, _ = utils.read_classes(data.root, data.n_classes)
-    if utils.rank() or utils.spawned():
+    if utils.rank() or checked:
         return data
     counts = data.check(lambda results: utils.progress(
         results, total=len(data), desc=f'check {split}', leave=False))
@@ -193,12 +193,17 @@ def legend(width, names, colours):
 
 
 # ------------------------------------------------- report
+def measure(net, data):
+    """Return the confusion matrix of a net on a split, which all processes
+    share, at EVAL_SCALES and EVAL_FLIP."""
+    loader = dataset.val_loader(data, utils.rank(), utils.world())
+    return evaluate(net, loader, settings.EVAL_SCALES, settings.EVAL_FLIP)
+
+
 def score(net, data, names):
     """Score a net on a split and print it; return the result as eval.json
     has it."""
-    loader = dataset.val_loader(data, utils.rank(), utils.world())
-    confusion = evaluate(net, loader, settings.EVAL_SCALES,
-                         settings.EVAL_FLIP)
+    confusion = measure(net, data)
     found = utils.scores(confusion, settings.EVAL_CLASSES)
     classes = dict(zip(names, found.pop('IoU')))
     for name, iou in classes.items():

@@ -285,10 +285,7 @@ def validate(nets, data, step, figures):
     """Add the val mIoU of each net {figure's name: net} to the figures, and
     say it; all processes share the images."""
     for name, net in nets.items():
-        loader = dataset.val_loader(data, utils.rank(), utils.world())
-        found = utils.scores(
-            eval.evaluate(net, loader, settings.EVAL_SCALES,
-                          settings.EVAL_FLIP), settings.EVAL_CLASSES)
+        found = utils.scores(eval.measure(net, data), settings.EVAL_CLASSES)
         figures[name] = found['mIoU']
         utils.log(f'step {step}: {name.replace("_", " ")} '
                   f'{100 * found["mIoU"]:.2f}')
@@ -302,8 +299,10 @@ def main():
     devices = utils.pick_devices(s.DEVICES)
     check_settings(utils.world() if utils.launched() else len(devices))
     check_folders()
-    train_set = eval.open_split(s.TRAIN_SPLIT, train=True)
-    val_set = eval.open_split(s.VAL_SPLIT) if s.VAL_SPLIT else None
+    checked = utils.spawned()       # by the process that started this one
+    train_set = eval.open_split(s.TRAIN_SPLIT, True, checked)
+    val_set = (eval.open_split(s.VAL_SPLIT, False, checked)
+               if s.VAL_SPLIT else None)
     device = utils.join(devices)
     utils.log(f'device: {utils.describe_device(device)}, processes: '
               f'{utils.world()}')

@@ -297,3 +297,20 @@ def test_mixed_precision_trains_on_what_it_should(small, name, monkeypatch):
     assert all(v.isfinite().all() and v.dtype != short
                for v in state['net'].values())
     assert bool(state['scaler']) == (name == 'fp16')
+
+
+def test_labels_are_checked_before_several_processes_score(small, toy,
+                                                           tmp_path):
+    """Masks of 0 and 255 alone are refused, as by one process."""
+    import shutil
+    from PIL import Image
+    root = tmp_path / 'set'
+    shutil.copytree(toy, root)
+    for path in (root / 'SegmentationClassAug').iterdir():
+        label = np.array(Image.open(path))
+        Image.fromarray(np.uint8(255 * (label > 0))).save(path)
+    torch.save({'net': baselines.build_network().state_dict(), 'step': 1},
+               'a.pth')
+    done = run('eval.py', 'a.pth', f'DATA_ROOT={root}', 'STRIDE=16',
+               'NUM_WORKERS=0', 'DEVICES=-1,-1', cwd='.')
+    assert done.returncode == 2 and '0 and 255 alone' in done.stderr
