@@ -83,11 +83,9 @@ def class_file(name):
 
 def palette(name):
     """Return the colours of a data set's labels, (256, 3) uint8."""
-    colours = utils.voc_palette()
     with open(class_file(name)) as file:
         own = [line.split()[-3:] for line in file]
-    colours[:len(own)] = np.array(own, np.uint8)
-    return colours
+    return utils.full_palette(np.array(own, np.uint8))
 
 
 def is_ready(root, name, options):
