@@ -5,20 +5,23 @@
 
 Images and labels stay uint8 until they are on the device. What a sample looks
 like depends on SEED, the epoch and the sample alone, so neither the number of
-workers nor a resume changes it. `python dataset.py [KEY=VALUE ...]` draws
-augmented samples beside their labels.
+workers nor a resume changes it. Of a scaled image only the window that the
+crop shows is made, bit for bit as in the whole. `python dataset.py
+[KEY=VALUE ...]` draws augmented samples beside their labels.
 """
+import functools
 import io
 import os
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 
 import cv2
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 import settings
 
@@ -58,7 +61,7 @@ def read_image(path):
         data = np.fromfile(path, np.uint8)
         if not data[-512:].tobytes().rstrip(b'\0').endswith(b'\xff\xd9'):
             with Image.open(path) as image:
-                return np.asarray(image.convert('RGB'))
+                return np.array(image.convert('RGB'))
         image = cv2.imdecode(
             data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
         if image is None:
@@ -130,6 +133,55 @@ def read_ids(root, split):
     return ids
 
 
+# ------------------------------------------------- scaling
+@functools.cache
+def _ratio(scale):
+    """Return a scale as the fraction that it is meant to be: 0.4 is 2/5."""
+    return Fraction(str(scale))
+
+
+def scaled_side(side, scale):
+    """Return the pixels of a side that is scaled: side * scale rounded, half
+    a pixel downwards."""
+    p, q = _ratio(scale).as_integer_ratio()
+    return max(1, (2 * side * p + q - 1) // (2 * q))
+
+
+def scaled_image(image, scale, rows, columns):
+    """Return the window rows x columns (ranges) of an image (H, W, 3) that is
+    scaled bilinearly: pixel i shows the place (i + 0.5) / scale - 0.5.
+
+    Bit-equal to scaling the whole, whatever OpenCV and processor: where
+    scale is p / q, the grid repeats every q pixels, so a window that begins
+    at a multiple of q is weighted as the whole is; and INTER_LINEAR_EXACT,
+    unlike INTER_LINEAR, keeps its weights free of rounding that grows with
+    the coordinate.
+    """
+    if scale == 1:
+        return image[rows.start:rows.stop, columns.start:columns.stop]
+    period, source, inside = _ratio(scale).denominator, [], []
+    for span, side in zip((rows, columns), image.shape):
+        first, last = ((i + 0.5) / scale - 0.5 for i in (span[0], span[-1]))
+        first = max(0, int(first)) // period * period
+        skipped = round(first * scale)
+        source.append(slice(first, min(side, int(last) + 3)))
+        inside.append(slice(span.start - skipped, span.stop - skipped))
+    window = cv2.resize(image[tuple(source)], None, fx=scale, fy=scale,
+                        interpolation=cv2.INTER_LINEAR_EXACT)
+    return window[tuple(inside)]
+
+
+def scaled_label(label, scale, rows, columns):
+    """Return the same window of a label (H, W): each pixel has the value of
+    the source pixel that its centre lies in."""
+    if scale == 1:
+        return label[rows.start:rows.stop, columns.start:columns.stop]
+    y, x = (np.minimum(((np.asarray(span) + 0.5) / scale).astype(np.intp),
+                       side - 1) for span, side in zip((rows, columns),
+                                                       label.shape))
+    return label[y][:, x]
+
+
 # ------------------------------------------------- samples
 class Segmentation(Dataset):
     """One split; items are (image uint8 (3, H, W), label uint8 (H, W), ID).
@@ -145,6 +197,7 @@ class Segmentation(Dataset):
         self.n_classes, self.ignore = s.N_CLASSES, s.IGNORE_LABEL
         self.crop, self.scales, self.seed = s.CROP_SIZE, s.SCALES, s.SEED
         self.fill = [round(255 * x) for x in s.MEAN]
+        self.memory = None      # or (pixels of all items, starts, sizes)
         self.ids = read_ids(self.root, split)
         for folder, end in (('JPEGImages', 'jpg'), (LABELS, 'png')):
             for i in range(len(self.ids)):
@@ -161,16 +214,25 @@ class Segmentation(Dataset):
 
     def __getitem__(self, key):
         epoch, i = key if isinstance(key, tuple) else (0, key)
-        image = read_image(self.path(i, 'JPEGImages', 'jpg'))   # (H, W, 3)
-        label = self.label(i)                                   # (H, W)
-        if image.shape[:2] != label.shape:
-            raise self.sizes_differ(i, image.shape[:2], label.shape)
+        image, label = self.read(i)                 # (H, W, 3), (H, W)
         if self.train:
             random = np.random.default_rng([self.seed, epoch, i, AUGMENT])
             image, label = self.augment(image, label, random)
-        image = np.ascontiguousarray(image.transpose(2, 0, 1))  # (3, H, W)
-        return (torch.from_numpy(image),
-                torch.from_numpy(np.ascontiguousarray(label)), self.ids[i])
+        return (torch.from_numpy(image).permute(2, 0, 1),
+                torch.from_numpy(label), self.ids[i])
+
+    def read(self, i):
+        """Return image i, (H, W, 3), and its label, (H, W), both uint8."""
+        if self.memory:
+            pixels, starts, sizes = self.memory
+            both, (h, w) = pixels[starts[i]:starts[i + 1]], sizes[i]
+            return (both[:3 * h * w].reshape(h, w, 3),
+                    both[3 * h * w:].reshape(h, w))
+        image = read_image(self.path(i, 'JPEGImages', 'jpg'))
+        label = self.label(i)
+        if image.shape[:2] != label.shape:
+            raise self.sizes_differ(i, image.shape[:2], label.shape)
+        return image, label
 
     def label(self, i):
         """Return label i, (H, W); BadSample names a value that is none."""
@@ -193,28 +255,28 @@ class Segmentation(Dataset):
         """Return a scaled, padded, cropped, perhaps flipped (crop, crop)
         pair of image (H, W, 3) and label (H, W).
 
-        Source: the 2019 recipe. Differs: pixels lie on OpenCV's half-pixel
-        grid, where the 2019 code aligned corners for the image; the padding,
+        Source: the 2019 recipe. Differs: pixels lie on the half-pixel grid,
+        where the 2019 code aligned corners for the image; the padding,
         being uint8, is the mean colour to within half a grey level.
         """
         scale = self.scales[random.integers(len(self.scales))]
-        if scale != 1:
-            size = [max(1, round(side * scale)) for side in label.shape[::-1]]
-            image = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
-            label = cv2.resize(label, size,
-                               interpolation=cv2.INTER_NEAREST_EXACT)
-        down = max(self.crop - image.shape[0], 0)
-        right = max(self.crop - image.shape[1], 0)
-        if down or right:
-            image = cv2.copyMakeBorder(image, 0, down, 0, right,
-                                       cv2.BORDER_CONSTANT, value=self.fill)
-            label = cv2.copyMakeBorder(label, 0, down, 0, right,
-                                       cv2.BORDER_CONSTANT, value=self.ignore)
-        y, x = (random.integers(size - self.crop + 1) for size in label.shape)
-        window = np.s_[y:y + self.crop, x:x + self.crop]
-        image, label = image[window], label[window]
+        scale = max(scale, 1 / min(label.shape))        # at least one pixel
+        sides = [scaled_side(side, scale) for side in label.shape]
+        y, x = (int(random.integers(max(0, side - self.crop) + 1))
+                for side in sides)
+        rows, columns = (range(start, min(side, start + self.crop))
+                         for start, side in zip((y, x), sides))
+        image = scaled_image(image, scale, rows, columns)
+        label = scaled_label(label, scale, rows, columns)
+        down, sides = self.crop - len(rows), [0, self.crop - len(columns)]
         if random.random() < 0.5:
-            image, label = image[:, ::-1], label[:, ::-1]
+            image, label = cv2.flip(image, 1), cv2.flip(label, 1)
+            sides.reverse()
+        if down or any(sides):
+            image = cv2.copyMakeBorder(image, 0, down, *sides,
+                                       cv2.BORDER_CONSTANT, value=self.fill)
+            label = cv2.copyMakeBorder(label, 0, down, *sides,
+                                       cv2.BORDER_CONSTANT, value=self.ignore)
         return image, label
 
     def check(self, progress=iter):
@@ -232,15 +294,47 @@ class Segmentation(Dataset):
                 raise self.sizes_differ(i, size, label.shape)
             return np.bincount(label.ravel(), minlength=256)
         total = np.zeros(256, np.int64)
-        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            for counts in progress(pool.map(count, range(len(self)))):
-                total += counts
+        for counts in progress(_in_threads(count, len(self))):
+            total += counts
         if not total[1:255].any() and total[255] and self.ignore == 255:
             raise ValueError(
                 f'the labels of {self.split} hold 0 and 255 alone, and 255 is '
                 f'void (IGNORE_LABEL): write the object as 1, or there is '
                 f'nothing to learn')
         return total
+
+
+    def sizes(self):
+        """Return [(H, W)] of all pictures, read from their headers."""
+        return list(_in_threads(lambda i: image_size(
+            self.path(i, 'JPEGImages', 'jpg')), len(self)))
+
+    def keep(self, progress=iter):
+        """Decode all items into memory, to be read from there. Raises
+        ValueError where this machine has not enough."""
+        sizes = self.sizes()
+        starts = np.cumsum([0] + [4 * h * w for h, w in sizes]).tolist()
+        there = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+        if starts[-1] > there:
+            raise ValueError(f'CACHE=True: the images of {self.split} take '
+                             f'{starts[-1] / 1e9:.1f} GB of memory, this '
+                             f'machine has {there / 1e9:.1f}; set CACHE=False')
+        pixels = np.empty(starts[-1], np.uint8)
+
+        def fill(i):
+            image, label = self.read(i)
+            middle = starts[i + 1] - label.size
+            pixels[starts[i]:middle] = image.ravel()
+            pixels[middle:starts[i + 1]] = label.ravel()
+        for _ in progress(_in_threads(fill, len(self))):
+            pass
+        self.memory = pixels, starts, sizes
+
+
+def _in_threads(do, count):
+    """Yield do(0) to do(count - 1), in turn; threads work ahead."""
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        yield from pool.map(do, range(count))
 
 
 class Batches(Sampler):
@@ -277,33 +371,93 @@ class Batches(Sampler):
 
 
 # ------------------------------------------------- loaders
-def train_loader(data, start=0, rank=0, world=1):
+def train_loader(data, start=0, rank=0, world=1, progress=iter):
     """Return a loader of what process `rank` of `world` reads in the steps
-    start + 1 to ITER_MAX, ACCUM batches a step."""
+    start + 1 to ITER_MAX, ACCUM batches a step; progress: of CACHE."""
     if len(data) < settings.BATCH_SIZE:
         raise ValueError(f'BATCH_SIZE={settings.BATCH_SIZE}, but '
                          f'{data.split} has {len(data)} images; make the '
                          f'batch smaller')
+    if settings.CACHE:
+        data.keep(progress)
     return _loader(data, batch_sampler=Batches(len(data), start, rank, world))
 
 
-def val_loader(data, rank=0, world=1):
-    """Return a loader of single whole images: every world-th of the list."""
-    return _loader(data, batch_size=1, sampler=range(rank, len(data), world))
+def val_loader(data, rank=0, world=1, batch=1):
+    """Return a loader of whole images, every world-th of the list, up to
+    `batch` images of one size at a time."""
+    mine, by_size = range(rank, len(data), world), {}
+    if batch == 1:
+        return _loader(data, batch_sampler=[[i] for i in mine])
+    sizes = data.sizes()
+    for i in mine:
+        by_size.setdefault(sizes[i], []).append(i)
+    return _loader(data, batch_sampler=[
+        same[i:i + batch] for same in by_size.values()
+        for i in range(0, len(same), batch)])
 
 
 def _loader(data, **words):
     """Return a loader that leaves the global random state alone."""
+    shared = (settings.CACHE and settings.NUM_WORKERS       # pages, with the
+              and sys.platform == 'linux')                  # main process
     return DataLoader(data, num_workers=settings.NUM_WORKERS,
                       pin_memory=torch.cuda.is_available(),
-                      worker_init_fn=_start_worker,
+                      worker_init_fn=_start_worker, collate_fn=_collate,
+                      multiprocessing_context='fork' if shared else None,
                       generator=torch.Generator(), **words)
+
+
+def _collate(samples):
+    """Return (image (b, 3, H, W), label (b, H, W), IDs) of some samples;
+    the image lies in memory as decoders give it and convolutions like it,
+    channels last."""
+    images, labels, names = zip(*samples)
+    images = default_collate([image.permute(1, 2, 0) for image in images])
+    return images.permute(0, 3, 1, 2), default_collate(labels), names
+
+
+def keep_memory():
+    """Have glibc keep the memory of freed images for the next: it does so
+    for blocks up to the size of the largest that was freed, 32 MB at most.
+    Asking the system for it each time costs a third of a sample's time."""
+    np.empty(31 << 20, np.uint8)
 
 
 def _start_worker(worker):
     cv2.setNumThreads(0)                            # workers are the threads
+    keep_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C is for the main
     signal.signal(signal.SIGTERM, signal.SIG_DFL)   # process, SIGTERM for us
+
+
+def to_device(loader, device):
+    """Yield a loader's (image, label, IDs) on the device. To a GPU, each is
+    copied while the one before is computed with."""
+    if device.type != 'cuda':
+        for image, label, names in loader:
+            yield image.to(device), label.to(device), names
+        return
+    side, coming = torch.cuda.Stream(device), None
+    for image, label, names in loader:
+        with torch.cuda.stream(side):
+            batch = (image.to(device, non_blocking=True),
+                     label.to(device, non_blocking=True))
+            copied = side.record_event()
+        if coming:
+            yield _arrived(*coming)
+        coming = batch, copied, names
+    if coming:
+        yield _arrived(*coming)
+
+
+def _arrived(batch, copied, names):
+    """Return what the current stream may use once it was copied."""
+    now = torch.cuda.current_stream()
+    now.wait_event(copied)
+    for tensor in batch:
+        tensor.record_stream(now)       # freed no earlier than it is used
+    return *batch, names
 
 
 def normalise(image, device):

@@ -17,6 +17,7 @@ STD = (0.229, 0.224, 0.225)  # of R, G, B in 0..1, divided by
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)  # training scales, one drawn
 CROP_SIZE = 513              # side of the crop, pixels; k * STRIDE + 1
 NUM_WORKERS = 4              # loader processes, for each training process
+CACHE = False                # True: decode a small set once, into memory
 
 # ---------------------------------------------------------------- network
 HEAD = 'ema'                 # 'ema' (EMANet), 'fcn' (a classifier alone)
@@ -71,7 +72,7 @@ LOG_DIR = 'logdir'           # TensorBoard's events, log.csv, eval.json
 
 # Free to change when a run is resumed: they do not alter what is learned.
 _MACHINE = ('DATA_ROOT', 'DEVICES', 'NUM_WORKERS', 'LOG_DIR', 'MODEL_DIR',
-            'ITER_SAVE')
+            'ITER_SAVE', 'CACHE')
 # What defines the network: eval.py and predict.py take it from a checkpoint.
 _NETWORK = ('N_CLASSES', 'MEAN', 'STD', 'HEAD', 'N_LAYERS', 'STEM', 'STRIDE',
             'DROPOUT', 'BN_MOM', 'EM_CHANNELS', 'EM_BASES', 'STAGE_NUM',

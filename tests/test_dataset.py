@@ -6,12 +6,14 @@ Sets of a few pictures are written by the tests, with values known by hand;
 toy is used where any set will do, real VOC labels where ../shared is there.
 """
 import itertools
+import math
 import os
 import shutil
 import signal
 import struct
 import traceback
 import zlib
+from fractions import Fraction
 
 import cv2
 import numpy as np
@@ -420,7 +422,7 @@ def test_padding_is_about_0_when_normalised():
 @pytest.mark.parametrize('scale', [0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0])
 @pytest.mark.parametrize('axis', ['x', 'y'])
 def test_scaling_is_on_the_half_pixel_grid(scale, axis, root):
-    """Output pixel i of n shows the place (i + 0.5) * 30 / n - 0.5: the image
+    """Output pixel i shows the place (i + 0.5) / scale - 0.5: the image
     interpolated, the label that of the nearest pixel."""
     settings.SCALES = (scale,)
     add(root, 'a', [[1]])
@@ -431,12 +433,61 @@ def test_scaling_is_on_the_half_pixel_grid(scale, axis, root):
                                 np.random.default_rng(0))
     if label[0, 0] == 255:                           # a flipped one
         image, label = image[:, ::-1], label[:, ::-1]
-    n = round(30 * scale)
+    n = int(np.ceil(30 * scale - 0.5))               # half a pixel is cut off
     line = np.s_[0, :n] if axis == 'x' else np.s_[:n, 0]
-    place = ((np.arange(n) + 0.5) * 30 / n - 0.5).clip(0, 29)
+    place = ((np.arange(n) + 0.5) / scale - 0.5).clip(0, 29)
     assert (label[:n, :n] < 30).all() and (label != 255).sum() == n * n
     assert abs(image[line][:, 0] - 7 * place).max() <= 1
     assert abs(label[line] - place).max() < 0.51
+
+
+def plain_augment(data, image, label, random):
+    """The recipe with the whole image scaled, padded, then cropped."""
+    scale = data.scales[random.integers(len(data.scales))]
+    if scale != 1:
+        y, x = (np.minimum(((np.arange(round(side * scale + 1)) + 0.5)
+                            / scale).astype(int), side - 1)
+                for side in label.shape)
+        image = cv2.resize(image, None, fx=scale, fy=scale,
+                           interpolation=cv2.INTER_LINEAR_EXACT)
+        h, w = (math.ceil(side * Fraction(str(scale)) - Fraction(1, 2))
+                for side in label.shape)
+        image, label = image[:h, :w], label[y[:h, None], x[:w]]
+    down, right = (max(0, data.crop - side) for side in label.shape)
+    image = np.stack([np.pad(image[..., i], ((0, down), (0, right)),
+                             constant_values=FILL[i]) for i in range(3)], 2)
+    label = np.pad(label, ((0, down), (0, right)), constant_values=255)
+    y, x = (random.integers(side - data.crop + 1) for side in label.shape)
+    image, label = (part[y:y + data.crop, x:x + data.crop]
+                    for part in (image, label))
+    turn = -1 if random.random() < 0.5 else 1
+    return image[:, ::turn], label[:, ::turn]
+
+
+def test_a_window_is_bit_equal_to_the_whole(root):
+    """Random sizes, scales and crops, the odd and the large among them."""
+    add(root, 'a', [[1]])
+    data = dataset.Segmentation('train', train=True)
+    draw = np.random.default_rng(7)
+    several = settings.SCALES + (1 / 3, 0.4, 0.6, 1.1, 0.123456, 3.0)
+    for i in range(300):
+        large = i % 20 == 0
+        h, w = draw.integers(9, 2100 if large else 300, 2)
+        data.scales = tuple(draw.choice(several[:7] if large else several, 2))
+        data.crop = int(draw.integers(8, 200))
+        image = draw.integers(0, 256, (h, w, 3), np.uint8)
+        label = draw.integers(0, 21, (h, w), np.uint8)
+        got = data.augment(image, label, np.random.default_rng(i))
+        want = plain_augment(data, image, label, np.random.default_rng(i))
+        for one, other in zip(got, want):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_a_picture_of_a_pixel_bears_any_scale(root):
+    add(root, 'a', [[1]])
+    settings.SCALES = (0.1, 0.3)
+    image, label, _ = dataset.Segmentation('train', train=True)[0]
+    assert image.shape == (3, 65, 65) and (label == 1).sum() == 1
 
 
 @pytest.mark.parametrize('scale', [0.5, 1.25, 2.0])
@@ -573,6 +624,43 @@ def test_val_loader_keeps_the_order(workers, root):
         (1, i + 1, 3) for i in range(4)]
 
 
+def test_val_loader_puts_images_of_one_size_together(root):
+    shapes = [(4, 6), (6, 4), (4, 6), (4, 6), (6, 4), (5, 5), (4, 6)]
+    for i, shape in enumerate(shapes):
+        add(root, f'{i}', np.full(shape, i % 5), split='val')
+    data = dataset.Segmentation('val', train=False)
+    batches = list(dataset.val_loader(data, batch=3))
+    assert [names for _, _, names in batches] == [
+        ('0', '2', '3'), ('6',), ('1', '4'), ('5',)]
+    for image, label, names in batches:
+        for one, other, name in zip(image, label, names):
+            alone = data[int(name)]
+            assert torch.equal(one, alone[0]) and torch.equal(other, alone[1])
+    shared = [name for rank in range(2) for batch in dataset.val_loader(
+        data, rank, 2, batch=2) for name in batch[2]]
+    assert sorted(shared) == list('0123456')
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_a_cached_set_gives_what_its_files_give(workers, small, monkeypatch):
+    settings.SEED, settings.ITER_MAX = 5, 8
+    want = loaded(0)
+    settings.CACHE = True
+    data = dataset.Segmentation('train', train=True)
+    settings.NUM_WORKERS = workers
+    loader = dataset.train_loader(data)
+    for name in ('read_image', 'read_label'):       # nothing is decoded again
+        monkeypatch.setattr(dataset, name, None)
+    check_equal(want, list(loader))
+
+
+def test_a_cache_larger_than_memory_is_refused(small, monkeypatch):
+    settings.CACHE = True
+    monkeypatch.setattr(dataset.os, 'sysconf', lambda name: 100)
+    with pytest.raises(ValueError, match='CACHE=False'):
+        dataset.train_loader(dataset.Segmentation('train', train=True))
+
+
 @pytest.mark.parametrize('workers', [0, 1])
 def test_loaders_leave_the_random_state_alone(workers, small):
     settings.NUM_WORKERS, settings.ITER_MAX = workers, 2
@@ -611,23 +699,24 @@ def test_a_workers_error_is_one_line(data, copy, monkeypatch, capsys):
 
 
 class Probe(torch.utils.data.Dataset):
-    """Its one item says what its process does on signals, and how many
-    threads it computes with."""
+    """The label of its one item says what its process does on signals, and
+    how many threads it computes with."""
 
     def __len__(self):
         return 1
 
     def __getitem__(self, i):
-        return [signal.getsignal(signal.SIGINT) is signal.SIG_IGN,
-                signal.getsignal(signal.SIGTERM) is signal.SIG_DFL,
-                cv2.getNumThreads()]
+        found = [signal.getsignal(signal.SIGINT) is signal.SIG_IGN,
+                 signal.getsignal(signal.SIGTERM) is signal.SIG_DFL,
+                 cv2.getNumThreads()]
+        return torch.zeros(3, 1, 1), torch.tensor(found), 'probe'
 
 
 def test_a_worker_leaves_ctrl_c_to_the_main_process():
     utils.StopRequest()                              # which workers inherit
     settings.NUM_WORKERS = 1
-    item, = dataset.val_loader(Probe())
-    assert [int(each) for each in item] == [True, True, 1]
+    (_, found, _), = dataset.val_loader(Probe())
+    assert found.tolist() == [[True, True, 1]]
 
 
 def test_normalise_by_hand():
