@@ -3,6 +3,7 @@ references, and by their properties.
 
     python -m pytest tests/test_network.py
 """
+import copy
 import itertools
 import json
 import math
@@ -361,3 +362,95 @@ def test_known_weights_are_named_by_their_hash():
             in torchvision.models.get_model_weights(f'resnet{n}')}
     assert urls <= {f'{folder}{name}.pth' for name, (folder, _)
                     in network.KNOWN.items()}
+
+
+# ------------------------------------------------- the fast ways
+@pytest.mark.parametrize('size', ((33, 49), (17, 49), (34, 50), (9, 7),
+                                  (1, 1)))
+def test_upsample_agrees_with_torch(size):
+    """Also where the rows do not become a whole number of rows."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 5, 7, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(2, 3, *size, dtype=torch.float64)
+    gradients = []
+    for resize in (network.upsample, lambda x, size: F.interpolate(
+            x, size, mode='bilinear', align_corners=True)):
+        y = resize(x, size)
+        gradients.append(torch.autograd.grad((y * weights).sum(), x)[0])
+        values = y if len(gradients) == 1 else values
+    torch.testing.assert_close(values, y)
+    torch.testing.assert_close(*gradients)
+    one = torch.randn(1, 2, 1, 3)
+    assert torch.equal(network.upsample(one, (4, 3)), one.expand(1, 2, 4, 3))
+
+
+def a_step(recompute, dtype=torch.float32, size=33):
+    """Return gradients, statistics and bases after a step of a small net."""
+    torch.manual_seed(0)
+    net = network.EMANet(5, 18, 16, 'plain', 32, 8, dropout=0.0).to(dtype)
+    net.extractor.recompute = recompute
+    torch.manual_seed(1)
+    net.train()(torch.randn(2, 3, size, size, dtype=dtype)).square().mean(
+        ).backward()
+    return {**{f'{name}.grad': p.grad for name, p in net.named_parameters()
+               if p.requires_grad}, **dict(net.named_buffers())}
+
+
+def test_blocks_computed_again_change_nothing():
+    """Gradients, running statistics and their counts, bases."""
+    plain, again = a_step(False), a_step(True)
+    assert plain.keys() == again.keys() and len(plain) > 100
+    for name in plain:
+        assert torch.equal(plain[name], again[name]), name
+    assert again['extractor.4.0.bn1.num_batches_tracked'] == 1
+
+
+def saved_bytes(net, image, dtype):
+    """Return the bytes that a forward pass keeps for the backward pass,
+    parameters and their copies in bfloat16 left out."""
+    own = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    shapes = {p.shape for p in net.parameters() if p.ndim > 1}
+    kept = {}
+
+    def pack(x):
+        if x.dtype != torch.bfloat16 or x.shape not in shapes:
+            kept[x.untyped_storage().data_ptr()] = x    # none is reused
+        return x
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        with torch.autocast('cpu', dtype, enabled=dtype is not None):
+            net(image)
+    return sum(x.untyped_storage().nbytes() for at, x in kept.items()
+               if at not in own)
+
+
+def test_what_is_kept_for_the_backward_pass():
+    """In bfloat16, and with blocks computed again; tests/bench.py has the
+    figures of a larger image."""
+    torch.manual_seed(0)
+    net = network.EMANet(21, 50, 16).train()
+    image = torch.randn(2, 3, 65, 65)
+    plain = saved_bytes(net, image, None)
+    half = saved_bytes(net, image, torch.bfloat16)
+    net.extractor.recompute = True
+    assert half < 0.6 * plain
+    assert saved_bytes(net, image, None) < 0.6 * plain
+    assert saved_bytes(net, image, torch.bfloat16) < 0.4 * plain
+
+
+def test_folded_batch_norm_changes_nothing_but_rounding():
+    for stem, layers in (('deep', 50), ('plain', 18)):
+        torch.manual_seed(0)
+        net = network.EMANet(5, layers, 16, stem, 32, 8).double()
+        for name, value in net.state_dict().items():
+            if name.endswith(('running_mean', 'running_var', 'bias')):
+                value.uniform_(0.5, 1.5)
+        before = copy.deepcopy(net.state_dict())
+        folded = network.fold_batch_norm(net)
+        x = torch.randn(1, 3, 33, 49, dtype=torch.float64)
+        with torch.no_grad():
+            want = net.eval()(x)
+            torch.testing.assert_close(folded(x), want)
+        assert not [m for m in folded.modules() if isinstance(
+            m, torch.nn.BatchNorm2d)]
+        for name, value in net.state_dict().items():
+            assert torch.equal(value, before[name])
