@@ -427,8 +427,8 @@ def keep_memory():
 def _start_worker(worker):
     cv2.setNumThreads(0)                            # workers are the threads
     keep_memory()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C is for the main
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)   # process, SIGTERM for us
+    for number in (signal.SIGINT, signal.SIGTERM):  # are for the main
+        signal.signal(number, signal.SIG_IGN)       # process, which ends us
 
 
 def to_device(loader, device):

@@ -33,11 +33,13 @@ def read_picture(path):
 @torch.no_grad()
 def segment(net, image, device):
     """Return the class of each pixel, (H, W) uint8, of a picture (H, W, 3)
-    uint8; scales and flip as EVAL_SCALES and EVAL_FLIP say."""
+    uint8; scales and flip as EVAL_SCALES and EVAL_FLIP say.
+
+    net: what eval.prepared gives."""
     batch = torch.from_numpy(image).permute(2, 0, 1)[None]  # (1, 3, H, W)
     pred = eval.classify(net, dataset.normalise(batch, device),
                          settings.EVAL_SCALES, settings.EVAL_FLIP)
-    return pred[0].to(torch.uint8).cpu().numpy()
+    return pred[0].cpu().numpy()
 
 
 def outputs(files, folder):
@@ -75,6 +77,7 @@ def main():
     net, checkpoint = eval.load_network(
         eval.find_checkpoint(weights[0] if weights else None), device)
     names, colours = eval.classes_of(checkpoint)
+    net = eval.prepared(net)
     os.makedirs(asked.to, exist_ok=True)
     for file, path in utils.progress(paths.items(), desc='predict',
                                      unit='picture'):

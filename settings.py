@@ -54,6 +54,9 @@ FREEZE = ''                  # of the backbone: 'bn' (its statistics),
 AVERAGE = 0.0                # share kept by averaged weights a step; 0: none
 AMP = 'auto'                 # 'auto' (bf16 on a GPU that has it), 'off',
 #                              'bf16', 'fp16' (with a loss scaler)
+COMPILE = False              # True: the backbone through torch.compile
+RECOMPUTE = False            # True: a quarter of the memory for a quarter more
+#                              time: blocks are computed again for gradients
 SEED = 66                    # of weights, order and augmentation
 DETERMINISTIC = False        # True: bit-equal runs on a GPU too, but slower
 
@@ -61,6 +64,9 @@ DETERMINISTIC = False        # True: bit-equal runs on a GPU too, but slower
 ITER_VAL = 2000              # validate every so many steps; 0: at the end only
 EVAL_SCALES = (1.0,)         # probabilities are averaged over these scales
 EVAL_FLIP = False            # True: and over the left-right flip
+INFERENCE = 'plain'          # 'plain' (a plain loop's bits), 'folded' (batch
+#                              norm in the convolutions), 'bf16' (and bfloat16)
+EVAL_BATCH = 0               # images of one size at once; 0: 8 on a GPU, or 1
 EVAL_CLASSES = ()            # classes in the means, by number; (): all
 
 # ---------------------------------------------------------------- machine
@@ -72,7 +78,7 @@ LOG_DIR = 'logdir'           # TensorBoard's events, log.csv, eval.json
 
 # Free to change when a run is resumed: they do not alter what is learned.
 _MACHINE = ('DATA_ROOT', 'DEVICES', 'NUM_WORKERS', 'LOG_DIR', 'MODEL_DIR',
-            'ITER_SAVE', 'CACHE')
+            'ITER_SAVE', 'CACHE', 'RECOMPUTE', 'EVAL_BATCH')
 # What defines the network: eval.py and predict.py take it from a checkpoint.
 _NETWORK = ('N_CLASSES', 'MEAN', 'STD', 'HEAD', 'N_LAYERS', 'STEM', 'STRIDE',
             'DROPOUT', 'BN_MOM', 'EM_CHANNELS', 'EM_BASES', 'STAGE_NUM',

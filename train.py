@@ -11,9 +11,11 @@ import contextlib
 import difflib
 import math
 import os
+import shutil
 import sys
 import tempfile
 import time
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -78,6 +80,15 @@ def set_rate(optimizer, step):
     return rate
 
 
+def distributed(net):
+    """Return the net, its gradients the mean over all processes."""
+    if utils.world() == 1:
+        return net
+    with warnings.catch_warnings():     # its new name is not in every torch
+        warnings.filterwarnings('ignore', '.*broadcast_buffers')
+        return DistributedDataParallel(net, broadcast_buffers=False)
+
+
 def together(model, last):
     """Return a context in which processes exchange gradients with the last
     part of a step alone."""
@@ -85,12 +96,19 @@ def together(model, last):
     return contextlib.nullcontext() if last or not many else model.no_sync()
 
 
-def check_loss(loss, step, ids):
-    """Raise RuntimeError, with the images, unless the loss is finite."""
+def settle(step, ids, told, figures, log, bar):
+    """Wait for a step's loss, check it, write the step's figures; return
+    whether to stop. Raises RuntimeError, with the images, unless the loss is
+    finite."""
+    loss, stopping = told.read()
     if not math.isfinite(loss):
         raise RuntimeError(f'the loss is {loss} at step {step}, images '
                            f'{", ".join(ids)}; nothing was saved since the '
                            f'last latest.pth. Try a lower LR')
+    log.write(step, loss=loss, **figures)
+    bar.set_postfix(loss=f'{loss:.3f}', lr=f'{figures["lr"]:.2e}',
+                    images_s=f'{figures["images_per_s"]:.1f}', refresh=False)
+    return stopping
 
 
 # ------------------------------------------------- before the first step
@@ -116,6 +134,14 @@ def check_settings(processes=1):
         if not 0 <= getattr(s, name) < 1:
             raise ValueError(f'{name}={getattr(s, name)}: a share of 0 to '
                              f'below 1')
+    if s.COMPILE and s.RECOMPUTE:
+        raise ValueError('COMPILE=True and RECOMPUTE=True do not go together;'
+                         ' a compiled backbone keeps less by itself')
+    if s.COMPILE and not any(map(shutil.which, [
+            os.environ.get('CXX', 'c++'), 'g++', 'clang++'])):
+        raise ValueError('COMPILE=True: torch.compile needs a C++ compiler, '
+                         'and there is no g++; install it or set '
+                         'COMPILE=False')
     eval.check_settings()
     if s.CROP_SIZE % s.STRIDE != 1:
         near = s.CROP_SIZE // s.STRIDE * s.STRIDE + 1
@@ -273,8 +299,11 @@ def build(device, fresh):
     net.to(device, memory_format=torch.channels_last)
     if utils.world() > 1:
         net = network.sync_batch_norm(net)
+    net.extractor.recompute = settings.RECOMPUTE
+    if settings.COMPILE:
+        net.extractor.compile()
     optimizer = torch.optim.SGD(param_groups(net), settings.LR,
-                                settings.LR_MOM)
+                                settings.LR_MOM, fused=True)
     average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(
         settings.AVERAGE)) if settings.AVERAGE else None
     torch.manual_seed(settings.SEED + utils.rank())     # of dropout
@@ -285,7 +314,9 @@ def validate(nets, data, step, figures):
     """Add the val mIoU of each net {figure's name: net} to the figures, and
     say it; all processes share the images."""
     for name, net in nets.items():
-        found = utils.scores(eval.measure(net, data), settings.EVAL_CLASSES)
+        with torch.compiler.set_stance('force_eager'):  # sizes vary
+            confusion = eval.measure(net, data)
+        found = utils.scores(confusion, settings.EVAL_CLASSES)
         figures[name] = found['mIoU']
         utils.log(f'step {step}: {name.replace("_", " ")} '
                   f'{100 * found["mIoU"]:.2f}')
@@ -319,10 +350,9 @@ def main():
     start, best = resume(latest, run) if resumed else (0, 0.0)
     if average:
         average.n_averaged.fill_(start)
-    model = net if utils.world() == 1 else DistributedDataParallel(
-        net, broadcast_buffers=False)
+    model = distributed(net)
     loader = dataset.train_loader(train_set, start, utils.rank(),
-                                  utils.world())
+                                  utils.world(), utils.progress)
     log = utils.Log(s.LOG_DIR, start)
     log.text('settings', '\n'.join(
         f'{name} = {value!r}' for name, value in s.as_dict().items()))
@@ -332,50 +362,54 @@ def main():
         if utils.rank() == 0:
             utils.save(state, os.path.join(s.MODEL_DIR, name))
 
-    step, batches = start, iter(loader)
+    step, batches = start, dataset.to_device(loader, device)
     bar = utils.progress(total=s.ITER_MAX, initial=start, desc='train',
                          unit='step')
     set_training(net)
-    now = time.perf_counter()
+    before, now = None, time.perf_counter()
     for step in range(start + 1, s.ITER_MAX + 1):
         rate = set_rate(optimizer, step)
 
-        loss, ids = 0.0, []
+        loss, ids = torch.zeros((), device=device), []
         for part in range(s.ACCUM):
-            image, label, names = next(batches)
-            image = dataset.normalise(image, device)        # (b, 3, H, W)
-            label = label.to(device, non_blocking=True)     # (b, H, W)
+            image, label, names = next(batches)     # (b, 3, H, W), (b, H, W)
+            image = dataset.normalise(image, device)
             with together(model, part == s.ACCUM - 1):
                 with torch.autocast(device.type, amp, enabled=amp is not None):
                     logits = model(image)                   # (b, n, H, W)
                 share = segmentation_loss(logits, label) / s.ACCUM
                 scaler.scale(share).backward()
-            loss, ids = loss + share.item(), [*ids, *names]
-        check_loss(loss, step, ids)
-        loss, stopping = utils.mean_over_processes(loss, bool(stop))
+            loss, ids = loss + share.detach(), [*ids, *names]
+        told = utils.Told(loss, bool(stop))
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
         if average:
             average.update_parameters(net)
 
+        # the loss is read a step late, while the device computes
+        stopping = before is not None and settle(*before, log, bar)
         speed = s.BATCH_SIZE / (time.perf_counter() - now)
-        figures = {'loss': loss, 'lr': rate, 'images_per_s': speed}
-        bar.set_postfix(loss=f'{loss:.3f}', lr=f'{rate:.2e}',
-                        images_s=f'{speed:.1f}', refresh=False)
+        figures = {'lr': rate, 'images_per_s': speed}
+        before = step, ids, told, figures
         bar.update()
 
-        last = step == s.ITER_MAX
+        last, better = step == s.ITER_MAX, False
         if val_set and (last or s.ITER_VAL and step % s.ITER_VAL == 0):
             validate(nets, val_set, step, figures)
             set_training(net)
-            if figures['val_mIoU'] > best:
-                best = figures['val_mIoU']
-                keep('best.pth')
-        log.write(step, **figures)
-        if last or stopping or step % max(1, s.ITER_SAVE // 10) == 0:
+            better = figures['val_mIoU'] > best
+            best = max(best, figures['val_mIoU'])
+        often = last or step % max(1, s.ITER_SAVE // 10) == 0
+        seldom = step % s.ITER_SAVE == 0
+        if better or often or seldom or stopping:   # and before a save at once
+            stopping = settle(*before, log, bar) or stopping
+            before = None
+        if better:
+            keep('best.pth')
+        if often or stopping:
             keep('latest.pth', whole=True)
-        if step % s.ITER_SAVE == 0:
+        if seldom:
             keep(f'step_{step}.pth', whole=True)
         if stopping and not last:
             bar.close()

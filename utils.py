@@ -208,15 +208,30 @@ def leave(status):
         sys.exit(status)
 
 
-def mean_over_processes(*values):
-    """Return the numbers' means over all processes, as floats."""
-    if world() == 1:
-        return [float(value) for value in values]
-    device = 'cuda' if dist.get_backend() == 'nccl' else 'cpu'
-    numbers = torch.tensor([float(v) for v in values], dtype=torch.float64,
-                           device=device)
-    dist.all_reduce(numbers)
-    return (numbers / world()).tolist()
+class Told:
+    """A step's loss and whether to stop, on their way from the device: their
+    mean over all processes, copied to memory that a GPU writes to by itself.
+    Who reads them a step later has not kept it waiting."""
+
+    def __init__(self, loss, stop):
+        with torch.no_grad():
+            numbers = torch.stack([loss.float(), torch.full_like(
+                loss, stop, dtype=torch.float32)])
+            if world() > 1:
+                dist.all_reduce(numbers)
+                numbers /= world()
+        self.numbers = torch.empty(2, pin_memory=numbers.is_cuda)
+        self.numbers.copy_(numbers, non_blocking=True)
+        self.copied = torch.cuda.Event() if numbers.is_cuda else None
+        if self.copied:
+            self.copied.record()
+
+    def read(self):
+        """Return (loss, whether any process was asked to stop)."""
+        if self.copied:
+            self.copied.synchronize()
+        loss, stop = self.numbers.tolist()
+        return loss, stop > 0
 
 
 def gather(value):
@@ -516,13 +531,16 @@ def _fetch(url, part):
 def confusion_matrix(pred, label, n_classes, ignore_label):
     """Count pixels: rows are the label's classes, columns the prediction's.
 
-    pred, label: integer tensors of one shape, on one device. Pixels whose
-    label is ignore_label are left out. Returns (n, n) int64.
+    pred: 0 to n_classes - 1; label: at least 0; integer tensors of one shape,
+    on one device. Pixels whose label is ignore_label, or no class, are left
+    out. Returns (n, n) int64.
     """
-    kept = label != ignore_label
-    key = label[kept].long() * n_classes + pred[kept].long()
-    count = torch.bincount(key, minlength=n_classes ** 2)
-    return count.reshape(n_classes, n_classes)
+    key = label.to(torch.int32) * n_classes + pred.to(torch.int32)
+    count = torch.bincount(key.flatten(), minlength=n_classes ** 2)
+    count = count[:n_classes ** 2].reshape(n_classes, n_classes)
+    if 0 <= ignore_label < n_classes:
+        count[ignore_label] = 0
+    return count
 
 
 def scores(confusion, classes=()):

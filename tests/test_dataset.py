@@ -707,12 +707,12 @@ class Probe(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         found = [signal.getsignal(signal.SIGINT) is signal.SIG_IGN,
-                 signal.getsignal(signal.SIGTERM) is signal.SIG_DFL,
+                 signal.getsignal(signal.SIGTERM) is signal.SIG_IGN,
                  cv2.getNumThreads()]
         return torch.zeros(3, 1, 1), torch.tensor(found), 'probe'
 
 
-def test_a_worker_leaves_ctrl_c_to_the_main_process():
+def test_a_worker_leaves_signals_to_the_main_process():
     utils.StopRequest()                              # which workers inherit
     settings.NUM_WORKERS = 1
     (_, found, _), = dataset.val_loader(Probe())

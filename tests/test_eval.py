@@ -61,7 +61,9 @@ def test_infer_agrees_with_a_plain_loop(scales, flip):
     want = torch.stack(probs).mean(0)
     torch.testing.assert_close(eval.infer(net, x, scales, flip), want,
                                atol=1e-5, rtol=1e-5)
-    assert torch.equal(eval.classify(net, x, scales, flip), want.argmax(1))
+    found = eval.classify(net, x, scales, flip)
+    assert found.dtype == torch.uint8 and torch.equal(
+        found.long(), want.argmax(1))
 
 
 @torch.no_grad()
@@ -88,6 +90,42 @@ def test_images_are_padded_to_the_grid(size, padded):
     assert torch.equal(eval.logits(net, x), x)
     assert seen[0].shape[-2:] == padded
     assert seen[0].count_nonzero() == x.count_nonzero() == x.numel()
+
+
+@pytest.mark.parametrize('dtype', (torch.float32, torch.float64))
+def test_likeliest_is_the_first_maximum(dtype):
+    """Few values, so that many are equal; 150 classes, 2 and 1 row."""
+    torch.manual_seed(0)
+    for shape in ((2, 21, 30, 40), (1, 150, 9, 9), (3, 2, 1, 7)):
+        score = torch.randint(-3, 4, shape).to(dtype)
+        want = score.numpy().argmax(1)
+        assert np.array_equal(eval.likeliest(score.clone()), want)
+    smooth = torch.randn(1, 21, 65, 65)
+    got = eval.likeliest(network.upsample(smooth, (513, 513)))
+    assert torch.equal(got.long(), F.interpolate(
+        smooth, (513, 513), mode='bilinear',
+        align_corners=True).max(1).indices)     # no pixel different
+
+
+@torch.no_grad()
+def test_the_fast_ways_agree_with_the_plain_one(small):
+    """On random weights, made decided; a trained net's argmax agrees on
+    more, see test_it_learns."""
+    torch.manual_seed(0)
+    net = baselines.build_network().eval()
+    x = torch.randn(1, 3, 65, 81)
+    plain = eval.prepared(net)(x)
+    assert torch.equal(plain, net(x))
+    settings.INFERENCE = 'folded'
+    folded = eval.prepared(net)(x)
+    torch.testing.assert_close(folded, plain, atol=1e-5, rtol=1e-5)
+    assert not torch.equal(folded, plain)
+    settings.INFERENCE = 'bf16'
+    rough = eval.prepared(net)(x)
+    assert rough.dtype == torch.float32
+    error = (rough - plain).abs().max() / plain.std()
+    assert 1e-4 < error < 0.3
+    assert net.fc2.weight.dtype == torch.float32
 
 
 # ------------------------------------------------- scoring
@@ -125,6 +163,8 @@ def test_evaluate_equals_a_plain_loop(small):
     assert not net.training
     want = plain_confusion(net, data.root, 'val', 6, 16)
     np.testing.assert_array_equal(got, want)
+    settings.EVAL_BATCH = 3
+    np.testing.assert_allclose(eval.measure(net, data), want, atol=2)
     assert want.trace() < want.sum() and (want.sum(0) > 0).sum() > 1
 
 

@@ -81,10 +81,12 @@ def the_line(process, seconds=60):
 
 
 def test_sigterm_saves_and_asks_to_be_started_again(start):
-    """To the process that has started two others."""
-    process = start('DEVICES=-1,-1', **{**LONG, 'ITER_SAVE': 5000})
+    """To the process that has started two others, to them and to the loader
+    processes of both, as schedulers send it."""
+    process = start('DEVICES=-1,-1', **{**LONG, 'ITER_SAVE': 5000,
+                                        'NUM_WORKERS': 1})
     steps(3)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
     status, _, out = the_line(process)
     assert status == utils.STOPPED and 'python train.py goes on' in out
     step = utils.load('models/latest.pth')['step']

@@ -28,7 +28,7 @@ PAPER = {
     'LR_MOM': 0.9, 'LR_DECAY': 10, 'POLY_POWER': 0.9, 'WEIGHT_DECAY': 1e-4,
     'SEED': 66, 'EVAL_SCALES': (1.0,), 'EVAL_FLIP': False, 'DEVICES': []}
 MACHINE = ['DATA_ROOT', 'DEVICES', 'NUM_WORKERS', 'LOG_DIR', 'MODEL_DIR',
-           'ITER_SAVE']
+           'ITER_SAVE', 'CACHE', 'RECOMPUTE', 'EVAL_BATCH']
 
 
 def same(a, b):

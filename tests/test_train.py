@@ -157,12 +157,14 @@ def test_known_weights_are_fetched_checked_and_reused(monkeypatch, small):
 
 
 # ------------------------------------------------- runs
-@pytest.mark.parametrize('stop, workers', ((4, (2, 0)), (6, (0, 2))))
-def test_a_stopped_run_goes_on_bit_for_bit(small, monkeypatch, stop,
+@pytest.mark.parametrize('stop, stopped, workers', ((4, 5, (2, 0)),
+                                                    (6, 6, (0, 2))))
+def test_a_stopped_run_goes_on_bit_for_bit(small, monkeypatch, stop, stopped,
                                            workers):
-    """4 or 6 steps, then the rest of 8, equal 8 in one go: 12 images in
-    batches of 2 end an epoch at step 6; dropout is on."""
-    changes = {'ITER_MAX': 8, 'DROPOUT': 0.5, 'ITER_VAL': 3}
+    """5 or 6 steps, then the rest of 8, equal 8 in one go: 12 images in
+    batches of 2 end an epoch at step 6; dropout is on. A stop is read a step
+    after it was asked for, but at once where the step is one that saves."""
+    changes = {'ITER_MAX': 8, 'DROPOUT': 0.5, 'ITER_VAL': 3, 'ITER_SAVE': 60}
     vars(settings).update(changes, MODEL_DIR='whole', LOG_DIR='whole')
     whole = go(monkeypatch)
 
@@ -176,10 +178,10 @@ def test_a_stopped_run_goes_on_bit_for_bit(small, monkeypatch, stop,
         patch.setattr(train, 'set_rate', stopping)
         go(monkeypatch)
     assert end.value.code == utils.STOPPED == 75
-    assert utils.load('parts/latest.pth')['step'] == stop
+    assert utils.load('parts/latest.pth')['step'] == stopped
     settings.NUM_WORKERS = workers[1]
     with open('parts/log.csv', 'a') as file:        # as a crash may leave it
-        file.write(f'{stop + 1},9.9,9.9,,,9.9\n')
+        file.write(f'{stopped + 1},9.9,9.9,,,9.9\n')
     parts = go(monkeypatch)
 
     a, b = state('whole/latest.pth'), state('parts/latest.pth')
@@ -232,8 +234,60 @@ def test_a_loss_that_is_not_finite_stops_the_run(small, monkeypatch):
         assert value.isfinite().all()
 
 
+@pytest.mark.parametrize('step', (2, 3))
+def test_a_loss_is_read_a_step_late_but_before_a_save(small, monkeypatch,
+                                                      step):
+    """One that is not finite at step 2 is found at step 3, or, where step 3
+    saves, before it does."""
+    vars(settings).update(ITER_MAX=6, ITER_SAVE=30)     # saves every 3 steps
+    steps = []
+
+    def spoil(logits, label, loss=train.segmentation_loss):
+        steps.append(loss(logits, label) * (
+            math.nan if len(steps) + 1 == step else 1))
+        return steps[-1]
+    monkeypatch.setattr(train, 'segmentation_loss', spoil)
+    with pytest.raises(RuntimeError, match=f'is nan at step {step}, images'):
+        go(monkeypatch)
+    assert len(steps) == 3
+    assert not os.path.exists('models/latest.pth')
+
+
+def test_a_run_that_computes_blocks_again_is_the_same(small, monkeypatch):
+    go(monkeypatch)
+    want = state('models/latest.pth')
+    vars(settings).update(RECOMPUTE=True, MODEL_DIR='b', LOG_DIR='b')
+    go(monkeypatch)
+    for key, value in state('b/latest.pth').items():
+        torch.testing.assert_close(value, want[key], rtol=0, atol=0)
+
+
+def test_compile_takes_the_backbone(small, monkeypatch):
+    """Validation, of images of many sizes, does without."""
+    calls = []
+
+    def compile(net):
+        def forward(x, forward=net.forward):
+            calls.append(x.shape)
+            return forward(x)
+        net.forward = torch.compiler.disable(forward)
+    monkeypatch.setattr(network.ResNet, 'compile', compile)
+    settings.COMPILE = True
+    net, *_ = train.build(torch.device('cpu'), fresh=True)
+    net(torch.zeros(2, 3, 33, 33))
+    assert calls == [(2, 3, 33, 33)]
+    settings.RECOMPUTE = True
+    with pytest.raises(ValueError, match='do not go together'):
+        train.check_settings()
+    settings.RECOMPUTE = False
+    monkeypatch.setattr(train.shutil, 'which', lambda name: None)
+    with pytest.raises(ValueError, match=r'needs a C\+\+ compiler'):
+        train.check_settings()
+
+
 def test_it_learns(small, monkeypatch, toy):
-    """Four pictures by heart: a small EMANet, to a high mIoU on them."""
+    """Four pictures by heart: a small EMANet, to a high mIoU on them, which
+    the fast ways of inference give as well."""
     lists = os.path.join(toy, 'ImageSets', 'Segmentation')
     with open(os.path.join(lists, 'train.txt')) as file:
         few = file.read().split()[:4]
@@ -248,6 +302,19 @@ def test_it_learns(small, monkeypatch, toy):
     before = sum(float(rows[step]['loss']) for step in range(1, 6))
     after = sum(float(rows[step]['loss']) for step in range(86, 91))
     assert after < before / 4
+
+    net, _ = eval.load_network('models/final.pth', 'cpu')
+    data = dataset.Segmentation('val', train=False)     # of any pictures
+    found = {}
+    for settings.INFERENCE in eval.INFERENCES:
+        run = eval.prepared(net)
+        with torch.no_grad():
+            found[settings.INFERENCE] = torch.cat([eval.classify(
+                run, dataset.normalise(image[None], 'cpu')).flatten()
+                for image, _, _ in data])
+    for name, least in (('folded', 0.9999), ('bf16', 0.995)):
+        agree = (found[name] == found['plain']).float().mean()
+        assert agree >= least, (name, agree)
 
 
 def test_the_net_that_is_not_resumed_is_seeded(small):
