@@ -112,6 +112,7 @@ def evaluate(net, loader, scales=(1.0,), flip=False):
     device = next(net.parameters()).device
     confusion = torch.zeros(n, n, dtype=torch.int64, device=device)
     run = prepared(net)
+    dataset.keep_memory()
     bar = utils.progress(total=len(loader.dataset), desc='evaluate',
                          unit='image', leave=False)
     for image, label, names in dataset.to_device(loader, device):

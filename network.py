@@ -89,10 +89,10 @@ def upsample(x, size):
         return F.interpolate(x, size, mode='bilinear', align_corners=True)
     x = F.interpolate(x, (x.shape[2], size[1]), mode='bilinear',
                       align_corners=True)                       # (b, c, h, W)
+    below = torch.cat([x[:, :, 1:], x[:, :, -1:]], 2)           # (b, c, h, W)
     share = torch.arange(times, dtype=x.dtype, device=x.device) / times
-    between = torch.lerp(x[:, :, :-1, None], x[:, :, 1:, None],
-                         share[:, None]).flatten(2, 3)      # (b, c, H - 1, W)
-    return torch.cat([between, x[:, :, -1:]], 2)                # (b, c, H, W)
+    x = torch.lerp(x[:, :, :, None], below[:, :, :, None], share[:, None])
+    return x.flatten(2, 3)[:, :, :size[0]]                      # (b, c, H, W)
 
 
 # ------------------------------------------------- backbone

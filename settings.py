@@ -55,8 +55,8 @@ AVERAGE = 0.0                # share kept by averaged weights a step; 0: none
 AMP = 'auto'                 # 'auto' (bf16 on a GPU that has it), 'off',
 #                              'bf16', 'fp16' (with a loss scaler)
 COMPILE = False              # True: the backbone through torch.compile
-RECOMPUTE = False            # True: a quarter of the memory for a quarter more
-#                              time: blocks are computed again for gradients
+RECOMPUTE = False            # True: half the memory for a quarter more time:
+#                              the backbone's blocks are computed twice
 SEED = 66                    # of weights, order and augmentation
 DETERMINISTIC = False        # True: bit-equal runs on a GPU too, but slower
 

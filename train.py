@@ -96,6 +96,23 @@ def together(model, last):
     return contextlib.nullcontext() if last or not many else model.no_sync()
 
 
+def gradients(model, batches, scaler, device):
+    """Add up the gradients of a step's parts; return (its loss, on the
+    device, the images' IDs)."""
+    loss, ids, amp = torch.zeros((), device=device), [], amp_dtype(device)
+    for part in range(settings.ACCUM):
+        image, label, names = next(batches)         # (b, 3, H, W), (b, H, W)
+        image = dataset.normalise(image, device).contiguous(
+            memory_format=layout(device))
+        with together(model, part == settings.ACCUM - 1):
+            with torch.autocast(device.type, amp, enabled=amp is not None):
+                logits = model(image)                       # (b, n, H, W)
+            share = segmentation_loss(logits, label) / settings.ACCUM
+            scaler.scale(share).backward()
+        loss, ids = loss + share.detach(), [*ids, *names]
+    return loss, ids
+
+
 def settle(step, ids, told, figures, log, bar):
     """Wait for a step's loss, check it, write the step's figures; return
     whether to stop. Raises RuntimeError, with the images, unless the loss is
@@ -231,6 +248,13 @@ def amp_dtype(device):
             'fp16': torch.float16}[settings.AMP]
 
 
+def layout(device):
+    """Return the memory format that a step is fastest in: channels last, but
+    on a CPU in float32."""
+    plain = device.type == 'cpu' and amp_dtype(device) is None
+    return torch.contiguous_format if plain else torch.channels_last
+
+
 # ------------------------------------------------- checkpoints
 def checkpoint(run, step, best, whole):
     """Return what eval.py and predict.py need: weights, settings, classes;
@@ -296,7 +320,7 @@ def build(device, fresh):
     if fresh:
         load_pretrained(net)
     freeze(net)
-    net.to(device, memory_format=torch.channels_last)
+    net.to(device, memory_format=layout(device))
     if utils.world() > 1:
         net = network.sync_batch_norm(net)
     net.extractor.recompute = settings.RECOMPUTE
@@ -341,8 +365,8 @@ def main():
     latest = os.path.join(s.MODEL_DIR, 'latest.pth')
     resumed = utils.agreed(os.path.exists(latest), f'{latest} is there')
     net, optimizer, average = build(device, fresh=not resumed)
-    amp = amp_dtype(device)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
+    scaler = torch.amp.GradScaler(
+        device.type, enabled=amp_dtype(device) is torch.float16)
     nets = {'val_mIoU': net}
     run = {'net': net, 'optimizer': optimizer, 'scaler': scaler}
     if average:
@@ -369,17 +393,7 @@ def main():
     before, now = None, time.perf_counter()
     for step in range(start + 1, s.ITER_MAX + 1):
         rate = set_rate(optimizer, step)
-
-        loss, ids = torch.zeros((), device=device), []
-        for part in range(s.ACCUM):
-            image, label, names = next(batches)     # (b, 3, H, W), (b, H, W)
-            image = dataset.normalise(image, device)
-            with together(model, part == s.ACCUM - 1):
-                with torch.autocast(device.type, amp, enabled=amp is not None):
-                    logits = model(image)                   # (b, n, H, W)
-                share = segmentation_loss(logits, label) / s.ACCUM
-                scaler.scale(share).backward()
-            loss, ids = loss + share.detach(), [*ids, *names]
+        loss, ids = gradients(model, batches, scaler, device)
         told = utils.Told(loss, bool(stop))
         scaler.step(optimizer)
         scaler.update()

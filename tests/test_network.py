@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
+import bench
 import network
 
 COMBINATIONS = list(itertools.product(network.KEEPS, network.NORMS,
@@ -405,36 +406,18 @@ def test_blocks_computed_again_change_nothing():
     assert again['extractor.4.0.bn1.num_batches_tracked'] == 1
 
 
-def saved_bytes(net, image, dtype):
-    """Return the bytes that a forward pass keeps for the backward pass,
-    parameters and their copies in bfloat16 left out."""
-    own = {p.untyped_storage().data_ptr() for p in net.parameters()}
-    shapes = {p.shape for p in net.parameters() if p.ndim > 1}
-    kept = {}
-
-    def pack(x):
-        if x.dtype != torch.bfloat16 or x.shape not in shapes:
-            kept[x.untyped_storage().data_ptr()] = x    # none is reused
-        return x
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        with torch.autocast('cpu', dtype, enabled=dtype is not None):
-            net(image)
-    return sum(x.untyped_storage().nbytes() for at, x in kept.items()
-               if at not in own)
-
-
 def test_what_is_kept_for_the_backward_pass():
     """In bfloat16, and with blocks computed again; tests/bench.py has the
     figures of a larger image."""
     torch.manual_seed(0)
     net = network.EMANet(21, 50, 16).train()
     image = torch.randn(2, 3, 65, 65)
-    plain = saved_bytes(net, image, None)
-    half = saved_bytes(net, image, torch.bfloat16)
+    _, plain = bench.saved_bytes(net, image, None)
+    _, half = bench.saved_bytes(net, image, torch.bfloat16)
     net.extractor.recompute = True
-    assert half < 0.6 * plain
-    assert saved_bytes(net, image, None) < 0.6 * plain
-    assert saved_bytes(net, image, torch.bfloat16) < 0.4 * plain
+    _, less = bench.saved_bytes(net, image, None)
+    _, both = bench.saved_bytes(net, image, torch.bfloat16)
+    assert half < 0.6 * plain and less < 0.6 * plain and both < 0.4 * plain
 
 
 def test_folded_batch_norm_changes_nothing_but_rounding():
