@@ -10,6 +10,7 @@ import datetime
 import hashlib
 import http.client
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -64,6 +65,16 @@ def launch(main):
         print(f'{_script()}: {error}', file=sys.stderr)
         asked = isinstance(error, (ValueError, FileNotFoundError))
         sys.exit(2 if asked else 1)
+    finally:
+        end_workers()
+
+
+def end_workers():
+    """End the loader processes that an error has left: they heed no SIGTERM,
+    which Python would send them at its end."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # they shall die unnoticed
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def _lost_worker(error):

@@ -84,3 +84,8 @@ def refused(main, *arguments, monkeypatch, capsys):
              if line.startswith('script.py: ')]
     assert len(lines) == 1 and stop.value.code not in (0, None)
     return stop.value.code, lines[0]
+
+
+def pytest_sessionfinish():
+    """End the loader processes that runs stopped by an error have left."""
+    utils.end_workers()

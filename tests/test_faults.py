@@ -94,6 +94,25 @@ def test_sigterm_saves_and_asks_to_be_started_again(start):
     assert sorted(os.listdir('models')) == ['latest.pth']
 
 
+HOLDING = '''
+import sys
+sys.path.insert(0, sys.argv[1])
+import dataset, settings, utils
+settings.override(sys.argv[2:])
+def main():
+    global held                         # as an error's traceback holds it
+    held = iter(dataset.val_loader(dataset.Segmentation('val', False)))
+    next(held)
+    sys.exit(1)
+utils.launch(main)
+'''
+
+
+def test_loader_processes_end_with_the_program(start):
+    """They heed no SIGTERM, which is what Python ends them with."""
+    assert start(child=HOLDING, NUM_WORKERS=2).wait(60) == 1
+
+
 def test_a_full_disk_costs_nothing(start):
     """A limit on the size of files stands for the disk."""
     changes = {'ITER_MAX': 4, 'ITER_SAVE': 3, 'VAL_SPLIT': ''}
