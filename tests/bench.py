@@ -150,14 +150,17 @@ def photographs(root, count=16, copies=1):
     names = [f'photo_{i:04}' for i in range(count)]
     for i, name in enumerate(names):
         h, w = ((375, 500), (375, 500), (500, 375), (333, 500))[i % 4]
-        image = sum(cv2.resize(random.normal(0, side ** -0.6, (
+        image = sum(cv2.resize(random.normal(0, side ** -0.54, (
             h * side // 500 + 1, w * side // 500 + 1, 3)), (w, h))
             for side in (4, 16, 64, 250, 500))
         image = (128 + 160 * image).clip(0, 255).astype(np.uint8)
         cv2.imwrite(f'{root}/JPEGImages/{name}.jpg', image,
                     [cv2.IMWRITE_JPEG_QUALITY, 92])
-        label = cv2.resize(random.integers(0, 21, (4, 5)).astype(np.uint8),
-                           (w, h), interpolation=cv2.INTER_NEAREST)
+        fields = [cv2.resize(random.normal(size=(6, 8)), (w, h),
+                             interpolation=cv2.INTER_CUBIC) for _ in range(5)]
+        label = random.integers(1, 21, 5).astype(np.uint8)
+        label[:2] = 0
+        label = label[np.argmax(fields, 0)]
         label[cv2.morphologyEx(label, cv2.MORPH_GRADIENT,
                                np.ones((5, 5))) > 0] = 255
         utils.save_label(label, f'{root}/SegmentationClassAug/{name}.png',
@@ -477,7 +480,8 @@ def memory(bench):
     image = image.contiguous(memory_format=torch.channels_last)
     print(f'\nkept for the backward pass: EMANet-50, stride 16, crop 257, '
           f'batch 4\n{"":40}{"MB":>8}{"of plain":>10}'
-          f'{"without copies of weights":>27}\n{"plain":40}{plain / 1e6:8.0f}{1:10.2f}')
+          f'{"without copies of weights":>27}\n{"plain":40}'
+          f'{plain / 1e6:8.0f}{1:10.2f}')
     for recompute in (False, True):
         net.extractor.recompute = recompute
         for dtype in (None, torch.bfloat16):
@@ -575,8 +579,8 @@ def main():
     bench = Bench(device, asked.rounds)
     name = (torch.cuda.get_device_name() if device.type == 'cuda'
             else platform.processor() or platform.machine())
-    print(f'{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, '
-          f'{torch.backends.cpu.get_cpu_capability()}\n'
+    print(f'{name}, {os.cpu_count()} cores, {torch.get_num_threads()} '
+          f'threads, {torch.backends.cpu.get_cpu_capability()}\n'
           f'python {platform.python_version()}, torch {torch.__version__}, '
           f'torchvision {torchvision.__version__}, OpenCV {cv2.__version__}, '
           f'commit {utils.git_hash()}')

@@ -183,7 +183,8 @@ def tables(asked):
             cost = np.mean(used.get(f'{data}.{head}', [(np.nan,) * 2]), 0)
             print(f'| {head} | {one} | {several} | {cost[0]:.0f} | '
                   f'{cost[1]:.0f} |')
-    print('\n| camvid, one change from the default | single-scale |\n|---|---|')
+    print('\n| camvid, one change from the default | single-scale |\n'
+          '|---|---|')
     print('| the default: T = 3, moving_avg, l2, no gradient | '
           + shown(score(asked, 'camvid', 'ema', seed, 'one')
                   for seed in seeds) + ' |')
