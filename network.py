@@ -79,13 +79,14 @@ def wide(x):
 def upsample(x, size):
     """Resize (b, c, h, w) to size (H, W), bilinear, corners aligned.
 
-    Where a row becomes a whole number of rows, as on the k * stride + 1 grid,
-    the heights are a blend of neighbouring rows: the same numbers to
-    rounding, in a third of the time on a CPU.
+    Without gradients, and where a row becomes a whole number of rows, as on
+    the k * stride + 1 grid, the heights are a blend of neighbouring rows: the
+    same numbers to rounding, in a third of the time on a CPU. (The loss would
+    have to copy what that gives.)
     """
     x = wide(x).contiguous()
     times, rest = divmod(size[0] - 1, max(1, x.shape[2] - 1))
-    if rest or not times or x.shape[2] == 1:
+    if torch.is_grad_enabled() or rest or not times or x.shape[2] == 1:
         return F.interpolate(x, size, mode='bilinear', align_corners=True)
     x = F.interpolate(x, (x.shape[2], size[1]), mode='bilinear',
                       align_corners=True)                       # (b, c, h, W)

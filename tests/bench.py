@@ -81,7 +81,8 @@ class Bench:
         return {name: float(np.median(each)) for name, each in taken.items()}
 
     def peak(self, dtype):
-        """Return the FLOP/s of a large convolution (3 x 3, 512 channels)."""
+        """Return the FLOP/s of a large convolution (3 x 3, 512 channels) and
+        of a large matrix product."""
         if dtype not in self.peaks:
             c, side = 512, 65 if self.device.type == 'cpu' else 129
             x = torch.randn(1, c, side, side, device=self.device).to(
@@ -99,10 +100,11 @@ class Bench:
                           self.time(lambda: square @ square))
                          for _ in range(6)][1:]
             conv_s, square_s = np.min(taken, 0)
-            self.peaks[dtype] = 2 * 9 * c * c * side * side / conv_s
-            print(f'peak, {str(dtype)[6:]}: convolution '
-                  f'{self.peaks[dtype] / 1e9:.0f} GFLOP/s, matrix product '
-                  f'{2 * 4096 ** 3 / square_s / 1e9:.0f}')
+            self.peaks[dtype] = (2 * 9 * c * c * side * side / conv_s,
+                                 2 * 4096 ** 3 / square_s)
+            print('peak, {}: convolution {:.0f} GFLOP/s, matrix product '
+                  '{:.0f}'.format(str(dtype)[6:], *(
+                      speed / 1e9 for speed in self.peaks[dtype])))
         return self.peaks[dtype]
 
 
@@ -333,7 +335,7 @@ def inference(bench):
 def limits(bench, work):
     for dtype in (torch.float32, torch.bfloat16):
         if dtype is torch.float32 or fast_bfloat16(bench.device):
-            print(f'limit, {str(dtype)[6:]}: {work / bench.peak(dtype):.4f} s '
+            print(f'limit, {str(dtype)[6:]}: {work / bench.peak(dtype)[0]:.4f} s '
                   f'an image at the peak of convolutions')
     if not fast_bfloat16(bench.device):
         print('bfloat16: not run, this processor has neither AVX512-BF16 nor '
@@ -420,6 +422,7 @@ def training(bench):
             for extra in ('', 'RECOMPUTE', *(['COMPILE'] if gpu else [])):
                 vars(settings).update(RECOMPUTE=extra == 'RECOMPUTE',
                                       COMPILE=extra == 'COMPILE')
+                others = torch.cuda.memory_allocated() if gpu else 0
                 net, optimizer, _ = train.build(bench.device, fresh=True)
                 train.set_training(net)
                 fast = image.contiguous(
@@ -430,17 +433,18 @@ def training(bench):
                 if gpu:
                     torch.cuda.reset_peak_memory_stats()
                     runners[name]()
-                    memory[name] = torch.cuda.max_memory_allocated() / 1e9
+                    memory[name] = (torch.cuda.max_memory_allocated()
+                                    - others) / 1e9
         found = bench.race(
             f'training step: EMANet-{layers}, stride {stride}, crop {crop}, '
             f'batch {batch}; per image', runners, 's', batch, work)
         limits(bench, work)
         for name, used in memory.items():
             share = work / found[name] / bench.peak(
-                torch.bfloat16 if 'bf16' in name else torch.float32)
+                torch.bfloat16 if 'bf16' in name else torch.float32)[1]
             print(f'{name}: {1 / found[name]:.1f} images/s, '
-                  f'{100 * share:.0f}% of the peak, {used:.1f} GB at most '
-                  f'(all networks of this table)')
+                  f'{100 * share:.0f}% of the matrix peak, {used:.1f} GB at '
+                  f'most')
     vars(settings).update(RECOMPUTE=False, COMPILE=False)
 
 

@@ -7,13 +7,12 @@ A small-scale comparison, on what a CPU can do: ResNet-18 from ImageNet weights
 (FILE may lack layers), output stride 16, images at half their size, the same
 number of steps for all. Each run is train.py, then eval.py single-scale and,
 for the heads, with several scales and flip, in DIR/models and DIR/logdir.
-Stopped, it goes on where it was: a run whose files are there is not run again.
 DIR (`compare`) keeps results.csv, which eval.py writes, and runs.csv: seconds
-and memory of training. --table prints the tables of what has been run.
+and memory of training. Stopped, it goes on where it was: what results.csv has
+is not run again. --table prints the tables of what has been run.
 """
 import argparse
 import csv
-import json
 import os
 import subprocess
 import sys
@@ -63,31 +62,42 @@ def plan(seeds, sets):
     return [run for run in runs if run[1] in sets]
 
 
+def results(asked):
+    """Return {(checkpoint, whether with scales and flip): mIoU} of what
+    results.csv has."""
+    path = os.path.join(asked.to, 'results.csv')
+    if not os.path.exists(path):
+        return {}
+    with open(path, newline='') as file:
+        return {(row['checkpoint'], row['flip'] == 'True'): float(row['mIoU'])
+                for row in csv.DictReader(file)}
+
+
 def carry_out(run, asked):
     """Train and score one run, but for what is there already."""
     name, data, changes, seed, several = run
     key = f'{data}.{name}.{seed}'
     models, final = f'models/{key}', f'models/{key}/final.pth'
+    wanted = [flip for flip in (False, True)[:1 + several]
+              if (final, flip) not in results(asked)]
     common = {**RECIPE, **SETS[data], **changes, 'SEED': seed,
               'DATA_ROOT': os.path.join('data', data),
               'PRETRAINED': asked.weights}
-    if not os.path.exists(os.path.join(asked.to, final)):
+    if wanted and not os.path.exists(os.path.join(asked.to, final)):
         seconds, memory = execute('train.py', {
             **common, 'MODEL_DIR': models, 'LOG_DIR': f'logdir/{key}'}, asked,
             key)
         with ONE_AT_A_TIME, open(os.path.join(asked.to, 'runs.csv'),
                                  'a') as file:
-            csv.writer(file).writerow([key, f'{seconds:.1f}', round(memory),
-                                       utils.git_hash()])
-    for folder, more in (('one', {}), *([('several', SEVERAL)] * several)):
-        folder = f'logdir/{key}/{folder}'
-        if not os.path.exists(os.path.join(asked.to, folder, 'eval.json')):
-            execute('eval.py', {
-                'EVAL_SCALES': 0.5, **SCORED[data], **more,
-                'DATA_ROOT': os.path.join('data', data), 'NUM_WORKERS': 1,
-                'DEVICES': '-1', 'LOG_DIR': folder}, asked, key, final)
+            csv.writer(file, lineterminator='\n').writerow(
+                [key, f'{seconds:.1f}', round(memory), utils.git_hash()])
+    for flip in wanted:
+        execute('eval.py', {
+            'EVAL_SCALES': 0.5, **SCORED[data], **(SEVERAL if flip else {}),
+            'DATA_ROOT': os.path.join('data', data), 'NUM_WORKERS': 1,
+            'DEVICES': '-1', 'LOG_DIR': f'logdir/{key}'}, asked, key, final)
     with ONE_AT_A_TIME:
-        print(f'{key} is done', flush=True)
+        print(f'{time.strftime("%H:%M:%S")} {key} is done', flush=True)
 
 
 def execute(script, changes, asked, key, *more):
@@ -142,19 +152,16 @@ def link(asked):
 
 
 # ------------------------------------------------- tables
-def score(asked, data, name, seed, folder):
-    """Return a run's mIoU in per cent, None where it was not run."""
-    path = os.path.join(asked.to, 'logdir', f'{data}.{name}.{seed}', folder,
-                        'eval.json')
-    if not os.path.exists(path):
-        return None
-    with open(path) as file:
-        return 100 * json.load(file)['mIoU']
+def scores(asked, data, name, flip=False):
+    """Return the mIoU, in per cent, of a run's seeds that have one."""
+    known = results(asked)
+    keys = [(f'models/{data}.{name}.{seed}/final.pth', flip)
+            for seed in range(1, asked.seeds + 1)]
+    return [100 * known[key] for key in keys if key in known]
 
 
 def shown(values):
     """Return 'mean (lowest .. highest)' of the values there are."""
-    values = [value for value in values if value is not None]
     if not values:
         return 'not run'
     if len(values) == 1:
@@ -164,7 +171,7 @@ def shown(values):
 
 def tables(asked):
     """Print what has been run, as README has it."""
-    seeds, used = range(1, asked.seeds + 1), {}
+    used = {}
     path = os.path.join(asked.to, 'runs.csv')
     if os.path.exists(path):
         with open(path) as file:
@@ -177,23 +184,19 @@ def tables(asked):
         print(f'\n| {data} | single-scale | MS + flip | s a run | MB |')
         print('|---|---|---|---|---|')
         for head in heads:
-            one, several = (shown(score(asked, data, head, seed, folder)
-                                  for seed in seeds)
-                            for folder in ('one', 'several'))
+            one, several = (shown(scores(asked, data, head, flip))
+                            for flip in (False, True))
             cost = np.mean(used.get(f'{data}.{head}', [(np.nan,) * 2]), 0)
             print(f'| {head} | {one} | {several} | {cost[0]:.0f} | '
                   f'{cost[1]:.0f} |')
     print('\n| camvid, one change from the default | single-scale |\n'
           '|---|---|')
     print('| the default: T = 3, moving_avg, l2, no gradient | '
-          + shown(score(asked, 'camvid', 'ema', seed, 'one')
-                  for seed in seeds) + ' |')
+          + shown(scores(asked, 'camvid', 'ema')) + ' |')
     for change in SWITCHES:
         name = '-'.join(f'{k}-{v}' for k, v in change.items())
-        line = shown(score(asked, 'camvid', name, seed, 'one')
-                     for seed in seeds)
         print(f'| {", ".join(f"`{k}={v}`" for k, v in change.items())} | '
-              f'{line} |')
+              f'{shown(scores(asked, "camvid", name))} |')
 
 
 def main():
@@ -217,7 +220,7 @@ def main():
         path = os.path.join(asked.to, 'runs.csv')
         if not os.path.exists(path):
             with open(path, 'w') as file:
-                csv.writer(file).writerow(RUNS)
+                csv.writer(file, lineterminator='\n').writerow(RUNS)
         with ThreadPoolExecutor(asked.jobs) as pool:
             for _ in pool.map(lambda run: carry_out(run, asked), runs):
                 pass
