@@ -497,6 +497,7 @@ def memory(bench):
 
 
 # ------------------------------------------------- evaluation
+@torch.no_grad()
 def evaluation(bench):
     """Upsampling and argmax; the confusion matrix; on a GPU all of val."""
     torch.manual_seed(0)
