@@ -151,7 +151,7 @@ def test_tensorboard_shows_experiments_by_their_folders(folder, where, runs):
         ['sh', 'tensorboard.sh', where, '--port', str(port)], cwd=folder,
         env=env, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
-        for _ in range(120):
+        for _ in range(300):
             try:
                 with urllib.request.urlopen(
                         f'http://localhost:{port}/data/runs') as reply:
