@@ -189,19 +189,24 @@ class ResNet(nn.Sequential):
         self.channels, self.recompute = c, False
         _draw(self)
 
-    def forward(self, image):
-        """Return features (b, c, h, w) of image (b, 3, H, W)."""
-        if not (self.recompute and torch.is_grad_enabled()):
-            return super().forward(image)
-        x, parts = image, list(self)
-        for part in parts[:4]:
-            x = part(x)
-        for block in [block for layer in parts[4:] for block in layer]:
-            x = checkpoint(
-                block, x, use_reentrant=False, preserve_rng_state=False,
-                context_fn=lambda block=block: (contextlib.nullcontext(),
-                                                _statistics_held(block)))
-        return x
+    def forward(self, image, low=False):
+        """Return features (b, c, h, w) of image (b, 3, H, W); with low, those
+        of layer1, (b, c', H / 4, W / 4), and them."""
+        again = self.recompute and torch.is_grad_enabled()
+        x, early = image, None
+        for i, part in enumerate(self):
+            if again and i > 3:
+                for block in part:
+                    x = checkpoint(
+                        block, x, use_reentrant=False,
+                        preserve_rng_state=False,
+                        context_fn=lambda block=block: (
+                            contextlib.nullcontext(), _statistics_held(block)))
+            else:
+                x = part(x)
+            if low and i == 4:
+                early = x
+        return (early, x) if low else x
 
 
 @contextlib.contextmanager
