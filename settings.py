@@ -20,7 +20,8 @@ NUM_WORKERS = 4              # loader processes, for each training process
 CACHE = False                # True: decode a small set once, into memory
 
 # ---------------------------------------------------------------- network
-HEAD = 'ema'                 # 'ema' (EMANet), 'fcn' (a classifier alone)
+HEAD = 'ema'                 # 'ema' (EMANet), 'nonlocal', 'fcn' (a classifier
+#                              alone), 'deeplabv3', 'deeplabv3plus', 'psa'
 N_LAYERS = 101               # of the ResNet: 18, 34, 50, 101, 152
 STEM = 'deep'                # 'deep' (three 3x3), 'plain' (torchvision's 7x7)
 STRIDE = 8                   # output stride of the backbone: 8, 16, 32
@@ -82,7 +83,8 @@ _MACHINE = ('DATA_ROOT', 'DEVICES', 'NUM_WORKERS', 'LOG_DIR', 'MODEL_DIR',
 # What defines the network: eval.py and predict.py take it from a checkpoint.
 _NETWORK = ('N_CLASSES', 'MEAN', 'STD', 'HEAD', 'N_LAYERS', 'STEM', 'STRIDE',
             'DROPOUT', 'BN_MOM', 'EM_CHANNELS', 'EM_BASES', 'STAGE_NUM',
-            'STAGE_NUM_EVAL', 'EM_KEEP', 'EM_MOM', 'EM_NORM', 'EM_GRAD')
+            'STAGE_NUM_EVAL', 'EM_KEEP', 'EM_MOM', 'EM_NORM', 'EM_GRAD',
+            'CROP_SIZE')                # by which PSA's masks are sized
 _given = set()               # the names that the command line has set
 
 

@@ -159,6 +159,7 @@ def check_settings(processes=1):
         raise ValueError('COMPILE=True: torch.compile needs a C++ compiler, '
                          'and there is no g++; install it or set '
                          'COMPILE=False')
+    baselines.check_settings()
     eval.check_settings()
     if s.CROP_SIZE % s.STRIDE != 1:
         near = s.CROP_SIZE // s.STRIDE * s.STRIDE + 1

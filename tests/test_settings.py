@@ -167,7 +167,8 @@ def test_adopt_takes_the_network_alone():
     assert set(changed) == {
         'N_CLASSES', 'MEAN', 'STD', 'HEAD', 'N_LAYERS', 'STEM', 'STRIDE',
         'DROPOUT', 'BN_MOM', 'EM_CHANNELS', 'EM_BASES', 'STAGE_NUM',
-        'STAGE_NUM_EVAL', 'EM_KEEP', 'EM_MOM', 'EM_NORM', 'EM_GRAD'}
+        'STAGE_NUM_EVAL', 'EM_KEEP', 'EM_MOM', 'EM_NORM', 'EM_GRAD',
+        'CROP_SIZE'}
     assert settings.as_dict() == {**before, **changed}
 
 
