@@ -2,17 +2,23 @@
 
 `build_network()` gives the one that the settings describe. All have the same
 face, `logits = net(image)`, and the backbone is `net.extractor`.
-`python baselines.py [KEY=VALUE ...]` prints what each costs.
+
+    python baselines.py [KEY=VALUE ...]             Table 1's costs, counted
+    python baselines.py --measure [KEY=VALUE ...]   memory and time, measured
 
 Shapes: b images, c channels, h x w feature grid, n = h * w, H x W pixels. New
 heads' weights are drawn as PyTorch draws them, as those of EMANet's fc0 to
 fc2 are.
 """
+import subprocess
 import sys
+import time
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.segmentation.deeplabv3 import ASPP
 
@@ -20,6 +26,19 @@ import network
 import settings
 
 HEADS = ('ema', 'fcn', 'deeplabv3', 'deeplabv3plus', 'psa', 'nonlocal')
+# Table 1 of the paper, ResNet-101 at output stride 8, 513 x 513: what is set
+# for a row; MACs (G), "memory" (M) and parameters (M), from the second row on
+# as increments over the first.
+ROWS = {'ResNet': ({'HEAD': 'fcn'}, (190.6, 2603, 42.6)),
+        'DeepLabV3': ({'HEAD': 'deeplabv3'}, (63.4, 66.0, 15.5)),
+        'DeepLabV3+': ({'HEAD': 'deeplabv3plus'}, (84.1, 99.3, 16.3)),
+        'PSANet': ({'HEAD': 'psa'}, (56.3, 59.4, 18.5)),
+        'EMANet 256': ({'HEAD': 'ema', 'EM_CHANNELS': 256},
+                       (21.1, 12.3, 4.87)),
+        'EMANet 512': ({'HEAD': 'ema', 'EM_CHANNELS': 512},
+                       (43.1, 22.1, 10.0)),
+        'non-local': ({'HEAD': 'nonlocal', 'EM_CHANNELS': 512},
+                      (None, None, None))}
 
 
 # ------------------------------------------------- heads
@@ -246,39 +265,208 @@ def recognise(state):
     return {**found, 'N_LAYERS': layers[0]} if layers else found
 
 
+# ------------------------------------------------- cost, counted
+class PutOut(TorchDispatchMode):
+    """Count the numbers that operators put out, views aside."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.count += sum(
+                x.numel() for x in (out if isinstance(out, tuple) else [out])
+                if isinstance(x, torch.Tensor) and x.is_floating_point())
+        return out
+
+
 def complexity(net, size=(513, 513)):
     """Count what one image of size (H, W) pixels costs.
 
     Returns dict(macs, activations, params): multiply-accumulates of
-    convolutions and matrix products by torch's counter; elements that
-    modules without children put out; elements of all parameters. The network
-    may be on the meta device, where nothing is allocated.
+    convolutions and matrix products by torch's counter; numbers that
+    operators put out, in place or not; numbers in all parameters. The
+    network may be on the meta device, where nothing is allocated.
     """
-    put_out = []
-    hooks = [m.register_forward_hook(lambda m, x, y: put_out.append(y.numel()))
-             for m in net.modules() if not list(m.children())]
-    device = next(net.parameters()).device
+    parameters = list(net.parameters())
+    image = torch.zeros(1, 3, *size, device=parameters[0].device)
     net.eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        net(torch.zeros(1, 3, *size, device=device))
-    for hook in hooks:
-        hook.remove()
+    with (torch.no_grad(), sdpa_kernel(SDPBackend.MATH), PutOut() as put_out,
+          FlopCounterMode(display=False) as counter):
+        net(image)
     return {'macs': counter.get_total_flops() // 2,
-            'activations': sum(put_out),
-            'params': sum(p.numel() for p in net.parameters())}
+            'activations': put_out.count,
+            'params': sum(p.numel() for p in parameters)}
+
+
+def as_counted(net):
+    """Leave of a network what Table 1 counts, by what reproduces its cells:
+    of EMANet the reduction, the unit with its bases, and a classifier on
+    them; of DeepLabV3+'s decoder one 3x3; of PSA no sums over positions."""
+    if isinstance(net, network.EMANet):
+        net.fc2 = nn.Conv2d(net.fc0.conv.out_channels, settings.N_CLASSES, 1)
+        net.fc1 = nn.Identity()
+        if settings.HEAD == 'ema':
+            net.emau.mu = nn.Parameter(net.emau.mu)
+    if isinstance(net, DeepLabV3Plus):
+        net.decoder = net.decoder[0]
+    for part in net.modules():
+        if isinstance(part, Pointwise):
+            part.aggregate = lambda mask, x: x
+    return net
+
+
+def memory_as_counted(net, n):
+    """Return Table 1's "memory" on a grid of n, in millions, by the count
+    that gives the row's cell: each has its own. None: none known does."""
+    if settings.HEAD == 'ema':          # numbers put out, some left out
+        _, c, k = net.emau.mu.shape
+        stages = net.emau.stages[1]
+        return ((9 * c + 3 * stages * k + settings.N_CLASSES) * n
+                + stages * c * k) / 1e6
+    if settings.HEAD == 'deeplabv3':    # MiB of the pyramid's 16 maps
+        return 16 * 256 * n * 4 / 2 ** 20
+    return None
+
+
+def costs():
+    """Yield (row, Table 1's cells, ours by its count, ours as the network
+    is) of each row; cells: MACs (G), activations (M), parameters (M)."""
+    s, features = settings, []
+    size = s.CROP_SIZE, s.CROP_SIZE
+    n = ((s.CROP_SIZE - 1) // s.STRIDE + 1) ** 2
+    for row, (changes, paper) in ROWS.items():
+        vars(s).update(changes)
+        with torch.device('meta'):
+            net = build_network()
+            backbone = net.extractor
+            del net.extractor           # the head alone, on its features
+            net.extractor = lambda image, low=False: (
+                features if low else features[1])
+            if not features:
+                counted = complexity(backbone, size)
+                features += backbone(torch.zeros(1, 3, *size), low=True)
+                whole = {key: value + counted[key] for key, value
+                         in complexity(net, size).items()}
+            else:
+                whole = complexity(net, size)
+                counted = complexity(as_counted(net), size)
+        whole, counted = ([cost['macs'] / 1e9, cost['activations'] / 1e6,
+                           cost['params'] / 1e6] for cost in (whole, counted))
+        counted[1] = memory_as_counted(net, n)
+        yield row, paper, counted, whole
+
+
+def print_costs():
+    """Print what the heads cost beside Table 1."""
+    s = settings
+    print(f'ResNet-{s.N_LAYERS}, {s.STEM} stem, output stride {s.STRIDE}, '
+          f'{s.CROP_SIZE} x {s.CROP_SIZE} pixels; below: what a head\nadds. '
+          f'MACs in G, activations (act.) and parameters in M. Table 1 is of\n'
+          f'ResNet-101, output stride 8, 513 x 513 pixels.\n')
+    titles = 'Table 1', 'as Table 1 counts', 'as the network is'
+    print(' ' * 11 + ''.join(f'{title:>22}' for title in titles))
+    print(' ' * 11 + f'{"MACs":>8}{"act.":>7}{"params":>7}' * 3)
+    for row, *groups in costs():
+        print(f'{row:11}' + ''.join(
+            f'{"-" if value is None else format(value, form):>{width}}'
+            for group, forms in zip(groups, (
+                ('.1f', '.1f', '#.3g'), *[('.2f', '.1f', '.3f')] * 2))
+            for value, form, width in zip(group, forms, (8, 7, 7))))
+
+
+# ------------------------------------------------- cost, measured
+def peak_memory(device):
+    """Return the greatest memory so far, GiB: of tensors on a GPU, since
+    this was last asked for; else of the whole process."""
+    if device.type == 'cuda':
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak / 2 ** 30
+    import resource                                 # not on every system
+    unit = 1 if sys.platform == 'darwin' else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
+
+
+def in_bfloat16():
+    """Say whether training runs in bfloat16, as AMP has it in train.py."""
+    return settings.AMP == 'bf16' or (
+        settings.AMP == 'auto' and torch.cuda.is_available()
+        and torch.cuda.is_bf16_supported(including_emulation=False))
+
+
+def measure_one():
+    """Print time (the best of three, once warm) and peak memory of the
+    settings' network: inference of an image, a step of BATCH_SIZE."""
+    s, half = settings, in_bfloat16()
+    check_settings()
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    layout = (torch.channels_last if half or device.type == 'cuda'
+              else torch.contiguous_format)         # as train.py has it
+    net = build_network().to(device, memory_format=layout)
+    net.extractor.recompute = s.RECOMPUTE
+    optimizer = torch.optim.SGD(
+        [p for p in net.parameters() if p.requires_grad], s.LR, s.LR_MOM)
+    image = torch.randn(s.BATCH_SIZE, 3, s.CROP_SIZE, s.CROP_SIZE).to(device)
+    label = torch.zeros(image[:, 0].shape, dtype=torch.long, device=device)
+
+    def infer():
+        with torch.no_grad():
+            net.eval()(image[:1])
+
+    def step():
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            logits = net.train()(image)
+        F.cross_entropy(network.wide(logits), label).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for act in infer, step:
+        seconds = []
+        for _ in range(4):
+            began = time.perf_counter()
+            act()
+            if device.type == 'cuda':
+                torch.cuda.synchronize(device)
+            seconds.append(time.perf_counter() - began)
+        print(f'{min(seconds[1:]):11.3f}{peak_memory(device):11.3f}', end='')
+    print()
+
+
+def measure(words):
+    """Measure every row, each in a process of its own."""
+    s, gpu = settings, torch.cuda.is_available()
+    where = (f'{torch.cuda.get_device_name()}, peak of the tensors' if gpu else
+             f'{torch.get_num_threads()} CPU threads, peak of the process')
+    print(f'ResNet-{s.N_LAYERS}, {s.STEM} stem, output stride {s.STRIDE}, '
+          f'{s.CROP_SIZE} x {s.CROP_SIZE} pixels: inference of 1\nin float32, '
+          f'a training step of {s.BATCH_SIZE} in '
+          f'{"bfloat16" if in_bfloat16() else "float32"}.\ntorch '
+          f'{torch.__version__}, {where}\n')
+    print(' ' * 11 + f'{"inference s":>11}{"peak GiB":>11}'
+          f'{"training s":>11}{"peak GiB":>11}')
+    for row, (changes, _) in ROWS.items():
+        print(f'{row:11}', end='', flush=True)
+        status = subprocess.run([
+            sys.executable, sys.argv[0], '--measure-one', *words,
+            *(f'{name}={value}' for name, value in changes.items())]
+        ).returncode
+        if status:
+            raise RuntimeError(f'{row}: measuring ended with status {status};'
+                               f' a smaller CROP_SIZE or BATCH_SIZE needs '
+                               f'less memory')
 
 
 def main():
-    settings.take(sys.argv[1:])
-    print(f'ResNet-{settings.N_LAYERS}, {settings.STEM} stem, output stride '
-          f'{settings.STRIDE}, one image of 513 x 513\n')
-    print(f'{"HEAD":14} {"MACs":>10} {"activations":>12} {"parameters":>11}')
-    for settings.HEAD in HEADS:
-        with torch.device('meta'):
-            cost = complexity(build_network())
-        print(f'{settings.HEAD:14} {cost["macs"] / 1e9:9.2f}G '
-              f'{cost["activations"] / 1e6:11.1f}M '
-              f'{cost["params"] / 1e6:10.3f}M')
+    option, *words = sys.argv[1:] or ['']
+    if option not in ('--measure', '--measure-one'):
+        option, words = '', sys.argv[1:]
+    settings.take(words)
+    if option == '--measure-one':
+        measure_one()
+    elif option:
+        measure(words)
+    else:
+        print_costs()
 
 
 if __name__ == '__main__':
