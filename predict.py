@@ -25,7 +25,7 @@ def read_picture(path):
     try:
         with Image.open(path) as image:
             return np.array(ImageOps.exif_transpose(image).convert('RGB'))
-    except (OSError, ValueError, SyntaxError) as error:
+    except dataset.UNREADABLE as error:
         raise ValueError(f'{path} cannot be read as a picture ({error})'
                          ) from None
 

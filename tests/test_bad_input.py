@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import baselines
 import dataset
 import eval
 import predict
@@ -180,6 +181,15 @@ def test_prediction(bad, capsys):
     expect(bad(bad.image, twin, main=predict.main), 'would both be written')
     expect(bad('a.pth', main=predict.main), '0 pictures and 1 checkpoints')
     expect(bad(bad.image, main=predict.main), 'models/final.pth')
+
+
+def test_a_picture_that_bursts_the_memory(bad, monkeypatch):
+    """Pillow refuses a header of more pixels than anything honest has."""
+    torch.save({'net': baselines.build_network().state_dict(), 'step': 1},
+               'a.pth')
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 40)
+    expect(bad(bad.image, 'a.pth', 'STRIDE=16', main=predict.main),
+           bad.image, 'cannot be read as a picture')
 
 
 def test_folders_that_cannot_be_written(bad):
