@@ -7,6 +7,8 @@ the checkpoint recorded. Writes LOG_DIR/eval.json. Shapes: b images, n
 classes, H x W pixels.
 """
 import argparse
+import functools
+import math
 import os
 import sys
 
@@ -24,9 +26,14 @@ import settings
 import utils
 
 INFERENCES = ('plain', 'folded', 'bf16')
+WHOLE = 2 ** 23              # pixels that EVAL_WINDOW=0 sees at once, at most:
+#                              a Cityscapes picture at scale 2
+WINDOW = 513                 # side of the windows for larger ones
+BAND = 64                    # rows that windows' scores are finished at once
+SUMS = 2 ** 29               # scores of windows that are kept at once, 2 GB
 
 
-# ------------------------------------------------- inference
+# ------------------------------------------------- pixels
 def logits(net, image):
     """Return net's logits (b, n, H, W) of a normalised image (b, 3, H, W).
 
@@ -39,23 +46,9 @@ def logits(net, image):
     return net(F.pad(image, (0, right, 0, down)))[..., :height, :width]
 
 
-def infer(net, image, scales=(1.0,), flip=False):
-    """Return class probabilities (b, n, H, W), averaged over the scales and,
-    with flip, over the left-right flip.
-
-    image: normalised, float (b, 3, H, W). A scaled image is resized, and its
-    probabilities resized back, on the half-pixel grid of the training data.
-    """
-    size = image.shape[-2:]
-    total = 0
-    for scale in scales:
-        scaled = image if scale == 1 else _resize(
-            image, [max(1, round(side * scale)) for side in size])
-        prob = logits(net, scaled).softmax(1)               # (b, n, H', W')
-        if flip:
-            prob = prob + logits(net, scaled.flip(3)).softmax(1).flip(3)
-        total = total + _resize(prob, size)                 # (b, n, H, W)
-    return total / (len(scales) * (2 if flip else 1))
+def scaled_size(size, scale):
+    """Return the size (H', W') of an image of size (H, W) when scaled."""
+    return [max(1, round(side * scale)) for side in size]
 
 
 def _resize(x, size):
@@ -64,9 +57,196 @@ def _resize(x, size):
     return F.interpolate(x, size, mode='bilinear', align_corners=False)
 
 
+# ------------------------------------------------- windows
+class Blend:
+    """How pixels in a range of a resized side are made of the source's: from
+    those of start to stop, as _resize makes them."""
+
+    def __init__(self, span, source, resized):
+        place = (torch.arange(span.start, span.stop, dtype=torch.float64)
+                 + 0.5) * source / resized - 0.5
+        place = place.clamp(0, source - 1)
+        above = place.long()
+        below = (above + 1).clamp(max=source - 1)
+        self.start, self.stop = int(above[0]), int(below[-1]) + 1
+        self.above, self.below = above - self.start, below - self.start
+        self.share = place - above
+
+    def of(self, x, dim):
+        """Return the range made of x, which has start to stop along dim."""
+        a, b = (x.index_select(dim, i.to(x.device))
+                for i in (self.above, self.below))
+        share = self.share.to(x.dtype).to(x.device)
+        return a.lerp(b, share[:, None] if dim == 2 else share)
+
+
+def window_side(size, scales):
+    """Return the side of the windows that an image of size (H, W) is seen
+    through at these scales, k * STRIDE + 1; 0: as a whole."""
+    asked, stride = settings.EVAL_WINDOW, settings.STRIDE
+    side = max(1, math.ceil(((asked or WINDOW) - 1) / stride)) * stride + 1
+    if asked and max(size) > side:
+        return side
+    if math.prod(scaled_size(size, max(scales))) <= WHOLE:
+        return 0
+    if not asked:
+        _say(f'above {WHOLE} pixels, at the largest scale, an image is seen '
+             f'through windows of {side} x {side}; EVAL_WINDOW sets their '
+             f'side')
+    return side
+
+
+@functools.cache
+def _say(text):
+    """Log a text once, not for every image."""
+    utils.log(text)
+
+
+def starts(length, side):
+    """Return where windows begin that lie evenly on a length, the last at
+    its end, each sharing at least a third with the next."""
+    if length <= side:
+        return [0]
+    count = math.ceil((length - side) / (2 * side // 3)) + 1
+    return [i * (length - side) // (count - 1) for i in range(count)]
+
+
+def spans(length, most):
+    """Return ranges of at most `most` that make up a length."""
+    return [range(start, min(start + most, length))
+            for start in range(0, length, most)]
+
+
+@torch.no_grad()
+def through_windows(net, image, scales, flip, side):
+    """Yield (rows, columns, class probabilities (b, n, h, w)) of the parts of
+    an image, which cover it: infer's, where each scaled image is seen through
+    windows of side x side and averaged where they overlap.
+
+    The scales go down the image together, so that no more is kept of any than
+    a row of windows; of a very wide image it is done in several columns, and
+    windows across their borders are seen twice.
+    """
+    height, width = image.shape[-2:]
+    per_column = settings.N_CLASSES * side * sum(scales)
+    columns = spans(width, max(side, int(SUMS / per_column)))
+    rows = spans(height, BAND)
+    with utils.progress(total=len(rows) * len(columns), desc='windows',
+                        unit='part', leave=False, delay=10) as bar:
+        for across in columns:
+            parts = zip(*[_bands(net, image, scale, flip, side, rows, across)
+                          for scale in scales])
+            for down, prob in zip(rows, parts):
+                yield (slice(down.start, down.stop),
+                       slice(across.start, across.stop),
+                       sum(prob) / len(scales))
+                bar.update()
+
+
+def _bands(net, image, scale, flip, side, rows, across):
+    """Yield one scale's probabilities (b, n, h, w) of each range of rows, at
+    the image's own size, of the columns `across`.
+
+    Kept are the windows' sums, and as the last channel how many they are, of
+    those scaled rows that are not finished with.
+    """
+    size = scaled_size(image.shape[-2:], scale)             # (H', W')
+    downs = [Blend(down, size[0], image.shape[2]) for down in rows]
+    across = Blend(across, size[1], image.shape[3])
+    tops, sums, first = starts(size[0], side), None, 0
+    for top, after in zip(tops, [*tops[1:], size[0]]):
+        new = _row_of_windows(net, image, size, flip, side, top, across)
+        if sums is not None:
+            known = first + sums.shape[2] - top             # rows of new
+            sums[:, :, top - first:] += new[:, :, :known]
+            new = torch.cat([sums, new[:, :, known:]], 2)
+        sums, new = new, None                               # (b, n + 1, h, w')
+        while downs and downs[0].stop <= after:
+            down = downs.pop(0)
+            prob = sums[:, :, down.start - first:down.stop - first]
+            prob = prob[:, :-1] / prob[:, -1:]              # (b, n, h, w')
+            yield across.of(down.of(prob, 2), 3)
+        if not downs:
+            return
+        done, first = first, min(after, downs[0].start)
+        sums = sums[:, :, first - done:].clone()
+
+
+def _row_of_windows(net, image, size, flip, side, top, across):
+    """Return the sums of class probabilities, and their number as the last
+    channel, (b, n + 1, h, w'), of the windows of an image scaled to size
+    (H', W') that begin at row `top`, in the columns that `across` blends.
+
+    With flip, the flipped image's windows are others where windows do not lie
+    evenly to a pixel.
+    """
+    height, width = min(side, size[0]), min(side, size[1])
+    down = Blend(range(top, top + height), image.shape[2], size[0])
+    sums = None
+    for turned, left in [(turned, left) for turned in (False, True)[:1 + flip]
+                         for left in starts(size[1], side)]:
+        left = size[1] - width - left if turned else left
+        first, last = max(left, across.start), min(left + width, across.stop)
+        if first >= last:
+            continue
+        columns = Blend(range(left, left + width), image.shape[3], size[1])
+        window = columns.of(down.of(
+            image[:, :, down.start:down.stop, columns.start:columns.stop],
+            2), 3)                                          # (b, 3, h, w)
+        prob = logits(net, window.flip(3) if turned else window).softmax(1)
+        prob = prob.flip(3) if turned else prob             # (b, n, h, w)
+        if sums is None:
+            b, n = prob.shape[:2]
+            sums = prob.new_zeros(b, n + 1, height,
+                                  across.stop - across.start)
+        part = sums[..., first - across.start:last - across.start]
+        part[:, :-1] += prob[..., first - left:last - left]
+        part[:, -1] += 1
+    return sums
+
+
+# ------------------------------------------------- inference
+def infer(net, image, scales=(1.0,), flip=False):
+    """Return class probabilities (b, n, H, W), averaged over the scales and,
+    with flip, over the left-right flip.
+
+    image: normalised, float (b, 3, H, W). A scaled image is resized, and its
+    probabilities resized back, on the half-pixel grid of the training data.
+    """
+    size, total = image.shape[-2:], 0
+    side = window_side(size, scales)
+    if side:
+        for rows, columns, prob in through_windows(net, image, scales, flip,
+                                                   side):
+            if not torch.is_tensor(total):
+                total = prob.new_empty(*prob.shape[:2], *size)
+            total[:, :, rows, columns] = prob
+        return total
+    for scale in scales:
+        scaled = image if scale == 1 else _resize(image,
+                                                  scaled_size(size, scale))
+        prob = logits(net, scaled).softmax(1)               # (b, n, H', W')
+        if flip:
+            prob = prob + logits(net, scaled.flip(3)).softmax(1).flip(3)
+        total = total + _resize(prob, size)                 # (b, n, H, W)
+    return total / (len(scales) * (2 if flip else 1))
+
+
 def classify(net, image, scales=(1.0,), flip=False):
     """Return the likeliest class of each pixel, (b, H, W) uint8; see infer.
+
+    Through windows the memory does not grow with the image, but for the image
+    and the result themselves.
     """
+    side = window_side(image.shape[-2:], scales)
+    if side:
+        pred = image.new_empty((len(image), *image.shape[2:]),
+                               dtype=torch.uint8)
+        for one, result in zip(image.split(1), pred.split(1)):
+            for rows, columns, prob in through_windows(net, one, scales, flip,
+                                                       side):
+                result[:, rows, columns] = likeliest(prob)
+        return pred
     if tuple(scales) == (1.0,) and not flip:
         return likeliest(logits(net, image))
     return likeliest(infer(net, image, scales, flip))
@@ -268,8 +448,10 @@ def check_settings():
     if settings.INFERENCE not in INFERENCES:
         raise ValueError(f'INFERENCE={settings.INFERENCE}: it can be '
                          f'{", ".join(map(repr, INFERENCES))}')
-    if settings.EVAL_BATCH < 0:
-        raise ValueError(f'EVAL_BATCH={settings.EVAL_BATCH}: it is at least 0')
+    for name in ('EVAL_BATCH', 'EVAL_WINDOW'):
+        if getattr(settings, name) < 0:
+            raise ValueError(f'{name}={getattr(settings, name)}: it is at '
+                             f'least 0')
 
 
 def main():

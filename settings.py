@@ -65,6 +65,9 @@ DETERMINISTIC = False        # True: bit-equal runs on a GPU too, but slower
 ITER_VAL = 2000              # validate every so many steps; 0: at the end only
 EVAL_SCALES = (1.0,)         # probabilities are averaged over these scales
 EVAL_FLIP = False            # True: and over the left-right flip
+EVAL_WINDOW = 0              # side of the windows, pixels, that slide over an
+#                              image larger than it; 0: images seen whole,
+#                              but for huge ones (README, "Evaluate")
 INFERENCE = 'plain'          # 'plain' (a plain loop's bits), 'folded' (batch
 #                              norm in the convolutions), 'bf16' (and bfloat16)
 EVAL_BATCH = 0               # images of one size at once; 0: 8 on a GPU, or 1

@@ -126,6 +126,7 @@ def test_settings(bad):
         expect(bad(word), word, 'at least')
     expect(bad('SCALES=0'), 'SCALES=(0.0,)', 'above 0')
     expect(bad('EVAL_SCALES=()'), 'EVAL_SCALES', 'at least one')
+    expect(bad('EVAL_WINDOW=-1'), 'EVAL_WINDOW=-1', 'at least 0')
     expect(bad('DROPOUT=1.5'), 'DROPOUT=1.5', 'below 1')
     expect(bad('FREEZE=all'), 'FREEZE=all', "'backbone'")
     expect(bad('AMP=int8'), 'AMP=int8', "'bf16'")

@@ -4,17 +4,20 @@
 """
 import json
 import os
+import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.overrides import TorchFunctionMode
 
 import baselines
 import dataset
 import eval
 import network
+import predict
 import settings
 from conftest import SMALL, run, words
 
@@ -126,6 +129,188 @@ def test_the_fast_ways_agree_with_the_plain_one(small):
     error = (rough - plain).abs().max() / plain.std()
     assert 1e-4 < error < 0.3
     assert net.fc2.weight.dtype == torch.float32
+
+
+# ------------------------------------------------- windows
+def places(length, side):
+    """Where windows begin: as few as share a third, evenly."""
+    count = 2
+    while (length - side) / (count - 1) > 2 * side // 3:
+        count += 1
+    return [0] if length <= side else [
+        int(i * (length - side) / (count - 1)) for i in range(count)]
+
+
+@torch.no_grad()
+def plain_windows(net, x, scales, flip, side):
+    """infer through windows: whole scaled images, whole sums."""
+    height, width = x.shape[-2:]
+    probs = []
+    for scale in scales:
+        h, w = round(height * scale), round(width * scale)
+        y = F.interpolate(x, (h, w), mode='bilinear', align_corners=False)
+        total, count = 0, 0
+        for turned in (False, True)[:1 + flip]:
+            part = torch.zeros(len(x), 5, h, w, dtype=x.dtype)
+            seen = torch.zeros(h, w, dtype=x.dtype)
+            z = y.flip(3) if turned else y
+            for top in places(h, side):
+                for left in places(w, side):
+                    here = (..., slice(top, top + side),
+                            slice(left, left + side))
+                    part[here] += eval.logits(net, z[here]).softmax(1)
+                    seen[here] += 1
+            assert seen.min() > 0
+            total = total + (part.flip(3) if turned else part)
+            count = count + (seen.flip(1) if turned else seen)
+        probs.append(F.interpolate(total / count, (height, width),
+                                   mode='bilinear', align_corners=False))
+    return torch.stack(probs).mean(0)
+
+
+@pytest.mark.parametrize('scales', ((1.0,), (0.25, 1.0, 1.75, 3.5)))
+@pytest.mark.parametrize('flip', (False, True))
+@pytest.mark.parametrize('size', ((40, 58), (90, 22), (7, 70)))
+@torch.no_grad()
+def test_windows_agree_with_a_plain_loop(scales, flip, size, monkeypatch):
+    vars(settings).update(STRIDE=4, EVAL_WINDOW=20)         # 21, on the grid
+    net, x = Toy(), image(2, 3, *size)
+    want = plain_windows(net, x, scales, flip, 21)
+    got = eval.infer(net, x, scales, flip)
+    torch.testing.assert_close(got, want, atol=1e-9, rtol=1e-9)
+    assert torch.equal(eval.classify(net, x, scales, flip).long(),
+                       want.argmax(1))
+    monkeypatch.setattr(eval, 'SUMS', 1)        # in columns of 21 and in
+    monkeypatch.setattr(eval, 'BAND', 9)        # thinner bands
+    torch.testing.assert_close(eval.infer(net, x, scales, flip), want,
+                               atol=1e-9, rtol=1e-9)
+    settings.EVAL_WINDOW = 0
+    whole = eval.infer(net, x, scales, flip)
+    assert (whole - want).abs().max() > 1e-3    # seen otherwise indeed
+
+
+@torch.no_grad()
+def test_windows_of_a_flipped_image_give_the_flipped_result():
+    """82 - 21 does not divide by 5: windows do not lie as in a mirror."""
+    vars(settings).update(STRIDE=4, EVAL_WINDOW=21)
+    net, x = Toy(), image(1, 3, 40, 82)
+    assert any(82 - 21 - a not in places(82, 21) for a in places(82, 21))
+    for scales in ((1.0,), (0.5, 1.5)):
+        torch.testing.assert_close(
+            eval.infer(net, x.flip(3), scales, True),
+            eval.infer(net, x, scales, True).flip(3))
+
+
+@torch.no_grad()
+def test_an_image_of_one_window_is_seen_whole():
+    """At every scale, and bit for bit."""
+    net, x = Toy(), image(2, 3, 30, 41)
+    settings.STRIDE = 4
+    for scales, flip in (((1.0,), False), ((0.5, 1.0, 1.75), True)):
+        settings.EVAL_WINDOW = 0
+        whole = eval.infer(net, x, scales, flip)
+        for settings.EVAL_WINDOW in (41, 600):
+            assert torch.equal(eval.infer(net, x, scales, flip), whole)
+        settings.EVAL_WINDOW = 36           # becomes 37: 41 is larger
+        assert not torch.equal(eval.infer(net, x, scales, flip), whole)
+
+
+def test_windows_cover_a_length_evenly():
+    for side in (2, 9, 17, 33, 513):
+        for length in {1, *range(side - 1, 5 * side, 1 + side // 11), 6001}:
+            found = eval.starts(length, side)
+            assert found[0] == 0
+            assert found[-1] + side == length or found == [0] >= [
+                length - side]
+            steps = {b - a for a, b in zip(found, found[1:])}
+            assert not steps or max(steps) - min(steps) <= 1
+            assert all(3 * (side - step) >= side for step in steps)
+            assert len(found) < 3 or (length - side) / (
+                len(found) - 2) > 2 * side // 3     # one less would not do
+
+
+class Largest(TorchFunctionMode):
+    """Notes how many elements the largest result of floats has."""
+
+    most = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        if torch.is_tensor(result) and result.is_floating_point():
+            self.most = max(self.most, result.numel())
+        return result
+
+
+def test_memory_does_not_grow_with_the_image(monkeypatch):
+    """Nothing is higher than a window and what it shares with the next, and
+    nothing that the net is given larger than one; a very wide image goes in
+    columns. (The scores of all would be 6 x 1200 x 180.)"""
+    vars(settings).update(STRIDE=4, EVAL_WINDOW=33, N_CLASSES=5)
+    monkeypatch.setattr(eval, 'BAND', 8)
+    monkeypatch.setattr(eval, 'SUMS', 5 * 33 * 120 * 2)     # 120 columns
+    toy, seen = Toy(), set()
+
+    def net(x):
+        seen.add(tuple(x.shape))
+        return toy(x)
+    for size in ((2, 200, 120), (1, 800, 120), (1, 60, 900)):
+        x = image(size[0], 3, *size[1:])
+        with Largest() as largest, torch.no_grad():
+            pred = eval.classify(net, x, (0.5, 1.5), True)
+        assert pred.shape == size
+        assert largest.most < 6 * (33 + 15) * 182, size
+    assert seen == {(1, 3, 33, 33)}
+
+
+def test_only_huge_images_are_windowed_unasked(monkeypatch, capsys):
+    assert settings.EVAL_WINDOW == 0
+    for size, scales in (((1024, 2048), (0.5, 1.0, 2.0)), ((2448, 3264),
+                         (1.0,)), ((513, 513), (1.75,))):
+        assert eval.window_side(size, scales) == 0
+    assert capsys.readouterr().out == ''
+    eval._say.cache_clear()
+    for size, scales in (((4000, 6000), (1.0,)), ((2448, 3264), (1.5, 1.0))):
+        assert eval.window_side(size, scales) == 513
+    said = capsys.readouterr().out
+    assert said.count('\n') == 1 and '513 x 513; EVAL_WINDOW' in said
+    settings.EVAL_WINDOW = 900
+    assert eval.window_side((4000, 6000), (1.0,)) == 905
+    assert eval.window_side((905, 400), (1.75,)) == 0
+    for settings.EVAL_WINDOW in (1, 2, 9):
+        assert eval.window_side((905, 400), (1.0,)) == 9
+
+
+def test_a_large_picture_is_predicted_through_windows(small, tmp_path,
+                                                      monkeypatch):
+    """By predict.py; the windows' places and the net are the test's."""
+    settings.EVAL_WINDOW = 65
+    torch.manual_seed(0)
+    net = baselines.build_network()
+    with torch.no_grad():
+        net.fc2.weight.mul_(30)
+    torch.save({'net': net.state_dict(), 'step': 1}, 'a.pth')
+    pixels = np.random.default_rng(0).integers(0, 255, (9, 13, 3), np.uint8)
+    Image.fromarray(pixels).resize((260, 150)).save('large.png')
+    monkeypatch.setattr(sys, 'argv', ['predict.py', 'large.png', 'a.pth'])
+    predict.main()
+    with Image.open('predictions/large.png') as mask:
+        assert mask.mode == 'P' and mask.size == (260, 150)
+        got = np.array(mask)
+    x = dataset.normalise(torch.from_numpy(predict.read_picture(
+        'large.png')).permute(2, 0, 1)[None], 'cpu')
+    total = torch.zeros(6, 150, 260)
+    for top in places(150, 65):
+        for left in places(260, 65):
+            here = (..., slice(top, top + 65), slice(left, left + 65))
+            with torch.no_grad():
+                total[here] += net.eval()(x[here].contiguous())[0].softmax(0)
+    # a row of windows is 65 high everywhere, so sums compare as means do
+    count = torch.zeros(150, 260)
+    for top in places(150, 65):
+        for left in places(260, 65):
+            count[top:top + 65, left:left + 65] += 1
+    want = (total / count).argmax(0).numpy()
+    assert len(np.unique(want)) > 1 and (got == want).mean() > 0.999
 
 
 # ------------------------------------------------- scoring
