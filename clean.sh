@@ -1,6 +1,6 @@
 #!/bin/sh
 # Remove the checkpoints and the logs of this folder's last run. Nothing
-# else: no data, no downloaded weights, no predictions.
+# else: no data, no downloaded weights, no predictions, no results.csv.
 set -eu
 cd "$(dirname "$0")"
 python=$(command -v python || command -v python3)
@@ -13,6 +13,7 @@ for name in latest best final 'step_[0-9]*'; do
 done
 rm -f -- \
     "$log"/log.csv "$log"/eval.json "$log"/samples.png \
+    "$log"/confusion.png "$log"/classes.png \
     "$log"/events.out.tfevents.*
 if [ -d "$log" ]; then
     rmdir -- "$log" 2> /dev/null || true    # it may hold files of others

@@ -3,14 +3,18 @@
     python eval.py [CHECKPOINT] [KEY=VALUE ...]
 
 CHECKPOINT is models/final.pth if not named. The network is rebuilt from what
-the checkpoint recorded. Writes LOG_DIR/eval.json. Shapes: b images, n
-classes, H x W pixels.
+the checkpoint recorded. Writes LOG_DIR/eval.json, confusion.png and
+classes.png beside it, and a line of results.csv. Shapes:
+b images, n classes, H x W pixels.
 """
 import argparse
+import csv
+import fcntl
 import functools
 import math
 import os
 import sys
+import time
 
 import cv2
 import numpy as np
@@ -31,6 +35,10 @@ WHOLE = 2 ** 23              # pixels that EVAL_WINDOW=0 sees at once, at most:
 WINDOW = 513                 # side of the windows for larger ones
 BAND = 64                    # rows that windows' scores are finished at once
 SUMS = 2 ** 29               # scores of windows that are kept at once, 2 GB
+RESULTS = 'results.csv'
+COLUMNS = ('experiment', 'checkpoint', 'sha256', 'weights', 'step', 'data',
+           'split', 'images', 'stride', 'scales', 'flip', 'window',
+           'inference', 'mean_over', 'mIoU', 'seconds', 'git', 'IoU')
 
 
 # ------------------------------------------------- pixels
@@ -410,6 +418,108 @@ def legend(width, names, colours):
     return np.asarray(strip)
 
 
+def draw_confusion(confusion, names):
+    """Return a picture of a confusion matrix (n, n): a row shows what the
+    pixels of a class were taken for, the darker the more (by the root, so
+    that a few show), with percentages where there is room. A grey row's class
+    has no pixel.
+    """
+    counts = np.asarray(confusion, np.float64)
+    total = counts.sum(1, keepdims=True)
+    share = counts / np.maximum(total, 1)                       # (n, n)
+    cell = max(12, min(48, 960 // len(names)))
+    colour = 255 - share[..., None] ** 0.5 * (225, 175, 105)    # (n, n, 3)
+    colour[total[:, 0] == 0] = 225
+    cells = colour.astype(np.uint8).repeat(cell, 0).repeat(cell, 1)
+    cells[::cell] = cells[:, ::cell] = 235
+    font = ImageFont.load_default(min(14, cell - 2))
+    edge = max(140, 20 + int(max(map(font.getlength, names))))
+    page = Image.new('RGB', [edge + len(cells) + 12] * 2, 'white')
+    page.paste(Image.fromarray(cells), (edge, edge))
+    for label, place in (('rm', edge - 8), ('lm', 8)):
+        strip = Image.new('RGB', (edge, len(cells)), 'white')
+        draw = ImageDraw.Draw(strip)
+        for i, name in enumerate(names):
+            draw.text((place, (i + 0.5) * cell), name, 'black', font, label)
+        page.paste(strip if label == 'rm' else strip.rotate(90, expand=True),
+                   (0, edge) if label == 'rm' else (edge, 0))
+    draw = ImageDraw.Draw(page)
+    draw.text((8, 8), 'row: label\ncolumn: prediction', 'black', font)
+    for y, x in np.argwhere(share >= 0.005) if cell > 26 else ():
+        draw.text((edge + (x + 0.5) * cell, edge + (y + 0.5) * cell),
+                  f'{100 * share[y, x]:.0f}',
+                  'white' if share[y, x] > 0.25 else 'black', font, 'mm')
+    return page
+
+
+def draw_classes(classes, colours, mean):
+    """Return a picture of the classes' IoU {name: 0..1 or None}, a bar each,
+    and of their mean, a line."""
+    font, line, wide = ImageFont.load_default(13), 20, 480
+    left = 16 + int(max(map(font.getlength, classes)))
+    bottom = 28 + line * len(classes)
+    page = Image.new('RGB', (left + wide + 70, bottom + 24), 'white')
+    draw = ImageDraw.Draw(page)
+    for tenth in range(0, 11, 2):
+        x = left + wide * tenth / 10
+        draw.line((x, 28, x, bottom), (225, 225, 225))
+        draw.text((x, 14), f'{10 * tenth}', 'grey', font, 'mm')
+    x = left + wide * mean
+    draw.line((x, 28, x, bottom), 'black', 2)
+    draw.text((x, bottom + 10), f'mIoU {100 * mean:.2f}', 'black', font, 'mm')
+    for i, (name, iou) in enumerate(classes.items()):
+        y, end = 28 + (i + 0.5) * line, left + wide * (iou or 0)
+        draw.text((left - 8, y), name, 'black', font, 'rm')
+        draw.rectangle((left, y - 7, end, y + 7), tuple(colours[i]), 'black')
+        draw.text((left + wide + 60, y),
+                  '-' if iou is None else f'{100 * iou:.2f}', 'black', font,
+                  'rm')
+    return page
+
+
+# ------------------------------------------------- results.csv
+def open_results():
+    """Return results.csv to append to, its header written and the file kept
+    from other processes until it is closed.
+
+    Raises OSError where it cannot be written, ValueError where its columns
+    are others.
+    """
+    try:
+        file = open(RESULTS, 'a+', newline='')
+    except OSError as error:
+        raise OSError(f'{RESULTS} cannot be written in this folder '
+                      f'({error.strerror}); work in a folder of yours'
+                      ) from None
+    fcntl.flock(file, fcntl.LOCK_EX)
+    file.seek(0)
+    text = file.read()
+    if text and text.splitlines()[0] != ','.join(COLUMNS):
+        file.close()
+        raise ValueError(f'{RESULTS} has other columns than '
+                         f'{",".join(COLUMNS)}; move it away')
+    if not text:
+        file.write(','.join(COLUMNS))
+    if not text.endswith('\n'):
+        file.write('\n')
+    return file
+
+
+def keep_result(scored, weights, result, seconds):
+    """Append a line to results.csv: what was scored, of which weights ('net',
+    'average'), and the result; IoU as 'name: 0.1234; name: ...'."""
+    classes = '; '.join(f'{name}: ' + ('-' if iou is None else f'{iou:.4f}')
+                        for name, iou in result['classes'].items())
+    row = {'experiment': os.path.basename(os.getcwd()), 'weights': weights,
+           **scored, 'mIoU': f'{result["mIoU"]:.6f}', 'git': utils.git_hash(),
+           'seconds': f'{seconds:.1f}', 'IoU': classes}
+    with open_results() as file:
+        csv.DictWriter(file, COLUMNS, lineterminator='\n').writerow({
+            name: ' '.join(map(str, value)) if isinstance(
+                value, (list, tuple)) else value
+            for name, value in row.items()})
+
+
 # ------------------------------------------------- report
 def measure(net, data):
     """Return the confusion matrix of a net on a split, which all processes
@@ -454,36 +564,57 @@ def check_settings():
                              f'least 0')
 
 
+def report(net, checkpoint, path, digest):
+    """Score a checkpoint's weights on VAL_SPLIT; say and keep the result."""
+    data = open_split(settings.VAL_SPLIT)
+    names, colours = classes_of(checkpoint)
+    if utils.rank() == 0:
+        open_results().close()          # what can fail is tried before
+    scored = {
+        'checkpoint': path, 'sha256': digest[:12],
+        'step': checkpoint.get('step'), 'data': data.root,
+        'split': data.split, 'images': len(data),
+        'stride': settings.STRIDE, 'scales': settings.EVAL_SCALES,
+        'flip': settings.EVAL_FLIP, 'window': settings.EVAL_WINDOW,
+        'inference': settings.INFERENCE, 'mean_over': settings.EVAL_CLASSES}
+    found = {}
+    for weights in [name for name in ('net', 'average') if name in checkpoint]:
+        if weights == 'average':
+            utils.log('the same with averaged weights:')
+            network.load_whole(net, checkpoint['average'], path)
+        start = time.perf_counter()
+        found[weights] = score(net, data, names)
+        if utils.rank() == 0:
+            keep_result(scored, weights, found[weights],
+                        time.perf_counter() - start)
+    result = {**found.pop('net'), **found, 'scored': scored}
+    out = os.path.join(settings.LOG_DIR, 'eval.json')
+    if utils.rank() == 0:
+        utils.save_json(result, out)
+        for name, page in (
+                ('confusion', draw_confusion(result['confusion'], names)),
+                ('classes', draw_classes(result['classes'], colours,
+                                         result['mIoU']))):
+            page.save(os.path.join(settings.LOG_DIR, f'{name}.png'))
+    utils.log(f'{len(data)} images of {data.split}, step '
+              f'{checkpoint.get("step")} of {path}; written to {out}, '
+              f'confusion.png and classes.png, and a line of {RESULTS}')
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, usage='eval.py [CHECKPOINT] [KEY=VALUE ...]',
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('checkpoint', nargs='?', help=argparse.SUPPRESS)
-    path = find_checkpoint(
-        parser.parse_args(settings.override(sys.argv[1:])).checkpoint)
+    asked = parser.parse_args(settings.override(sys.argv[1:]))
+    path = find_checkpoint(asked.checkpoint)
     device = utils.join(utils.pick_devices(settings.DEVICES))
     utils.log(f'device: {utils.describe_device(device)}, processes: '
               f'{utils.world()}')
+    digest = utils.file_hash(path)      # now: a run may write the file anew
     net, checkpoint = load_network(path, device)
     check_settings()
-    data = open_split(settings.VAL_SPLIT)
-    names, _ = classes_of(checkpoint)
-    result = score(net, data, names)
-    if 'average' in checkpoint:
-        utils.log('the same with averaged weights:')
-        network.load_whole(net, checkpoint['average'], path)
-        result['average'] = score(net, data, names)
-    result['scored'] = {
-        'checkpoint': path, 'step': checkpoint.get('step'),
-        'data': data.root, 'split': data.split, 'images': len(data),
-        'stride': settings.STRIDE, 'scales': settings.EVAL_SCALES,
-        'flip': settings.EVAL_FLIP, 'inference': settings.INFERENCE,
-        'mean_over': settings.EVAL_CLASSES}
-    out = os.path.join(settings.LOG_DIR, 'eval.json')
-    if utils.rank() == 0:
-        utils.save_json(result, out)
-    utils.log(f'{len(data)} images of {data.split}, step '
-              f'{checkpoint.get("step")} of {path}; written to {out}')
+    report(net, checkpoint, path, digest)
     utils.leave(0)
 
 

@@ -472,6 +472,15 @@ def save_label(label, path, colours):
 
 
 # ------------------------------------------------- downloads
+def file_hash(path, kind='sha256'):
+    """Return a file's hash in hexadecimal digits."""
+    digest = hashlib.new(kind)
+    with open(path, 'rb') as file:
+        for block in iter(lambda: file.read(1 << 20), b''):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def check_hash(path, expected):
     """Raise ValueError unless the file has the hash.
 
@@ -479,11 +488,7 @@ def check_hash(path, expected):
     digits alone, as in the names of published weights.
     """
     kind, _, digits = expected.partition(':')
-    digest = hashlib.new(kind)
-    with open(path, 'rb') as file:
-        for block in iter(lambda: file.read(1 << 20), b''):
-            digest.update(block)
-    found = digest.hexdigest()
+    found = file_hash(path, kind)
     if not digits or not found.startswith(digits):
         raise ValueError(f'{path} has the {kind} {found}, not {digits}: it is '
                          f'damaged or another file')

@@ -175,6 +175,22 @@ def test_evaluation(bad):
     assert code == 2 and 'N_CLASSES=5.5' in line
 
 
+def test_results_that_cannot_be_kept(bad, monkeypatch):
+    """Said before anything is scored."""
+    monkeypatch.setattr(eval, 'score', None)
+    torch.save({'net': baselines.build_network().state_dict(), 'step': 1},
+               'a.pth')
+    given = 'a.pth', 'STRIDE=16', 'NUM_WORKERS=0'
+    with open('results.csv', 'w') as file:
+        file.write('mIoU;seconds\n0.8;12\n')
+    expect(bad(*given, main=eval.main), 'results.csv has other columns',
+           'move it away')
+    os.remove('results.csv')
+    os.mkdir('results.csv')
+    expect(bad(*given, main=eval.main), 'results.csv cannot be written',
+           status=1)
+
+
 def test_prediction(bad, capsys):
     expect(bad('no.jpg', main=predict.main), 'no.jpg is not there')
     twin = bad.root / bad.image.name

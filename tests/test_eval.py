@@ -1,10 +1,16 @@
-"""Inference and scoring against plain loops; checkpoints of every origin.
+"""Inference and scoring against plain loops; checkpoints of every origin;
+what is kept of a result.
 
     python -m pytest tests/test_eval.py
 """
+import csv
+import fcntl
+import hashlib
 import json
+import multiprocessing
 import os
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -19,6 +25,7 @@ import eval
 import network
 import predict
 import settings
+import utils
 from conftest import SMALL, run, words
 
 
@@ -413,6 +420,89 @@ def test_the_result_on_file(small, tmp_path):
     assert 'EM_BASES = 8 (net.pth)' in done.stdout
 
 
+# ------------------------------------------------- results kept
+def evaluate_here(monkeypatch, *arguments):
+    """Run eval.py's main in this process and folder."""
+    monkeypatch.setattr(sys, 'argv', ['eval.py', *arguments])
+    eval.main()
+
+
+def lines():
+    with open('results.csv', newline='') as file:
+        return list(csv.DictReader(file))
+
+
+def test_results_are_kept(small, tmp_path, monkeypatch):
+    """Twice, with two sets of weights; every column is read back."""
+    folder = tmp_path / 'EMANet18, mine'
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    net = baselines.build_network()
+    average = {k: v.flip(0) for k, v in net.state_dict().items()}
+    torch.save({'net': net.state_dict(), 'average': average, 'step': 7,
+                'classes': ['back ground', 'a, b', 'c: d', 'e', 'f', 'g'],
+                'colours': [[9 * i] * 3 for i in range(6)]}, 'a.pth')
+    evaluate_here(monkeypatch, 'a.pth', 'EVAL_SCALES=0.5,1', 'EVAL_FLIP=True')
+    first, second = lines()
+    assert tuple(first) == eval.COLUMNS
+    with open('a.pth', 'rb') as file:
+        digest = hashlib.sha256(file.read()).hexdigest()
+    with open('logdir/eval.json') as file:
+        result = json.load(file)
+    known = {'experiment': 'EMANet18, mine', 'checkpoint': 'a.pth',
+             'sha256': digest[:12], 'weights': 'net', 'step': '7',
+             'split': 'val', 'images': '5', 'scales': '0.5 1.0',
+             'flip': 'True', 'window': '0', 'mean_over': '',
+             'git': utils.git_hash(), 'stride': '16'}
+    assert {name: first[name] for name in known} == known
+    assert float(first['mIoU']) == pytest.approx(result['mIoU'], abs=1e-6)
+    assert 0 < float(first['seconds']) < 60
+    pairs = [pair.rsplit(': ', 1) for pair in first['IoU'].split('; ')]
+    assert [name for name, _ in pairs] == list(result['classes'])
+    for (_, text), iou in zip(pairs, result['classes'].values()):
+        assert text == '-' if iou is None else float(text) == pytest.approx(
+            iou, abs=1e-4)
+    assert second['weights'] == 'average'
+    assert float(second['mIoU']) == pytest.approx(
+        result['average']['mIoU'], abs=1e-6)
+    assert second['mIoU'] != first['mIoU']
+
+    with open('results.csv', 'rb+') as file:    # an editor left no newline
+        file.seek(-1, 2)
+        file.truncate()
+    evaluate_here(monkeypatch, 'a.pth', 'EVAL_SCALES=1', 'EVAL_FLIP=False')
+    assert [row['scales'] for row in lines()] == 2 * ['0.5 1.0'] + 2 * ['1.0']
+    for name in ('confusion', 'classes'):
+        with Image.open(f'logdir/{name}.png') as page:
+            assert page.format == 'PNG' and min(page.size) > 150
+            page.load()
+
+
+def keep_some(number):
+    result = {'mIoU': 0.5, 'classes': {f'class {i}': 0.25 for i in range(99)}}
+    for i in range(20):
+        eval.keep_result({'step': 100 * number + i}, 'net', result, 1.0)
+
+
+def test_runs_that_end_at_once_tear_no_lines(small, monkeypatch):
+    monkeypatch.setattr(utils, 'git_hash', lambda: 'abc')
+    with multiprocessing.get_context('fork').Pool(6) as pool:
+        pool.map(keep_some, range(6), 1)
+    assert sorted(int(row['step']) for row in lines()) == sorted(
+        100 * n + i for n in range(6) for i in range(20))
+    assert len({row['IoU'] for row in lines()}) == 1
+
+    size, writer = os.path.getsize('results.csv'), threading.Thread(
+        target=keep_some, args=[6])
+    with open('results.csv', 'a') as file:      # another run has its turn
+        fcntl.flock(file, fcntl.LOCK_EX)
+        writer.start()
+        writer.join(0.5)
+        assert os.path.getsize('results.csv') == size
+    writer.join(30)
+    assert len(lines()) == 140
+
+
 # ------------------------------------------------- checkpoints
 def save(small, tmp_path, **more):
     torch.manual_seed(3)
@@ -468,6 +558,28 @@ def test_overlay_shows_colours_and_a_legend():
     assert drawn[20, 300, 0] > 140 > 60 > drawn[20, 300, 2]
     key = drawn[40:].reshape(-1, 3).tolist()
     assert [200, 0, 0] in key and [0, 0, 200] not in key
+
+
+@pytest.mark.parametrize('n', (2, 21, 60, 171))
+def test_confusion_and_classes_are_drawn(n):
+    """Of any number of classes; a cell and a bar are where they belong."""
+    names = [f'class {i}' for i in range(n)]
+    colours = [[200, 10, 10]] * n
+    counts = np.zeros((n, n), np.int64)
+    counts[0, 1] = 9                            # the only pixels
+    page = np.asarray(eval.draw_confusion(counts, names))
+    cell = max(12, min(48, 960 // n))
+    edge = page.shape[0] - 12 - n * cell
+    assert page.shape[0] == page.shape[1] and edge > 100
+
+    def at(row, column):
+        return page[edge + row * cell + 3, edge + column * cell + 3].tolist()
+    assert at(0, 1) == [30, 80, 150] and at(0, 0) == [255] * 3
+    assert at(1, 0) == at(1, 1) == [225] * 3    # no pixel of class 1
+    iou = dict(zip(names, [1.0, None, *[0.0] * (n - 2)]))
+    bars = np.asarray(eval.draw_classes(iou, colours, 0.5))
+    red = (bars == colours[0]).all(2).sum(1)    # pixels a row
+    assert 400 < red[28:48].max() < 500 and red[48:].max() <= 1
 
 
 def test_a_legend_wraps_instead_of_running_out():

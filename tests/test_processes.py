@@ -162,6 +162,8 @@ def test_three_processes_count_every_image_once(small, toy):
         assert done.returncode == 0, done.stderr
         with open(f'{name}/eval.json') as file:
             np.testing.assert_array_equal(json.load(file)['confusion'], want)
+    with open('results.csv', newline='') as file:
+        assert [row['images'] for row in csv.DictReader(file)] == ['5', '5']
 
 
 def test_a_batch_that_does_not_divide_is_refused(small):

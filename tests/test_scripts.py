@@ -62,10 +62,12 @@ def test_the_demo_in_short(folder):
 
 def test_clean_removes_what_a_run_made_and_nothing_else(folder):
     kept = ['models/resnet18-f37072fd.pth', 'models/step_best.pth',
-            'data/toy/classes.txt', 'predictions/a.png', 'logdir/mine.txt']
+            'data/toy/classes.txt', 'predictions/a.png', 'logdir/mine.txt',
+            'results.csv']
     gone = ['models/latest.pth', 'models/best.pth', 'models/final.pth',
             'models/step_20.pth', 'models/latest.pth.tmp',
-            'logdir/log.csv', 'logdir/eval.json',
+            'logdir/log.csv', 'logdir/eval.json', 'logdir/confusion.png',
+            'logdir/classes.png',
             'logdir/events.out.tfevents.1.host']
     for name in kept + gone:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +95,8 @@ def test_clean_follows_the_settings(folder):
 
 def test_fork_makes_an_experiment(folder):
     for name in ('data/toy/classes.txt', 'models/resnet18-f37072fd.pth',
-                 'models/latest.pth', 'models/step_5.pth', 'logdir/log.csv'):
+                 'models/latest.pth', 'models/step_5.pth', 'logdir/log.csv',
+                 'results.csv'):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
     done = sh(folder, 'fork.sh', 'EMANet101.learned')
@@ -104,6 +107,7 @@ def test_fork_makes_an_experiment(folder):
     assert not (fork / 'models/latest.pth').exists()
     assert not (fork / 'models/step_5.pth').exists()
     assert not (fork / 'logdir').exists()
+    assert not (fork / 'results.csv').exists()
     for name in os.listdir(folder):
         if name.endswith(('.py', '.sh', '.md', '.txt')):
             assert (fork / name).read_bytes() == (folder / name).read_bytes()
