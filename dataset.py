@@ -187,19 +187,23 @@ class Segmentation(Dataset):
     """One split; items are (image uint8 (3, H, W), label uint8 (H, W), ID).
 
     train: whether items are augmented crops. data[i] is sample i as epoch 0
-    has it, data[epoch, i] as that epoch does. Raises for a split that is not
-    whole (FileNotFoundError names the first missing file).
+    has it, data[epoch, i] as that epoch does. labelled: whether there are
+    labels; those of a split without any, as a test set's, are void. Raises
+    for a split that is not whole (FileNotFoundError names the first missing
+    file).
     """
 
-    def __init__(self, split, train):
+    def __init__(self, split, train, labelled=True):
         s = settings
         self.root, self.split, self.train = s.DATA_ROOT, split, train
+        self.labelled = labelled
         self.n_classes, self.ignore = s.N_CLASSES, s.IGNORE_LABEL
         self.crop, self.scales, self.seed = s.CROP_SIZE, s.SCALES, s.SEED
         self.fill = [round(255 * x) for x in s.MEAN]
         self.memory = None      # or (pixels of all items, starts, sizes)
         self.ids = read_ids(self.root, split)
-        for folder, end in (('JPEGImages', 'jpg'), (LABELS, 'png')):
+        folders = ('JPEGImages', 'jpg'), (LABELS, 'png')
+        for folder, end in folders[:1 + labelled]:
             for i in range(len(self.ids)):
                 path = self.path(i, folder, end)
                 if not os.path.isfile(path):
@@ -229,6 +233,8 @@ class Segmentation(Dataset):
             return (both[:3 * h * w].reshape(h, w, 3),
                     both[3 * h * w:].reshape(h, w))
         image = read_image(self.path(i, 'JPEGImages', 'jpg'))
+        if not self.labelled:
+            return image, np.full(image.shape[:2], 255, np.uint8)
         label = self.label(i)
         if image.shape[:2] != label.shape:
             raise self.sizes_differ(i, image.shape[:2], label.shape)

@@ -1,11 +1,13 @@
 """Scores a checkpoint: mIoU of the whole image, single-scale by default.
 
     python eval.py [CHECKPOINT] [KEY=VALUE ...]
+    python eval.py --submit [CHECKPOINT] [KEY=VALUE ...]
 
 CHECKPOINT is models/final.pth if not named. The network is rebuilt from what
 the checkpoint recorded. Writes LOG_DIR/eval.json, confusion.png and
-classes.png beside it, and a line of results.csv. Shapes:
-b images, n classes, H x W pixels.
+classes.png beside it, and a line of results.csv. --submit writes the VOC test
+server's results.tgz instead, and needs no labels. Shapes: b images, n
+classes, H x W pixels.
 """
 import argparse
 import csv
@@ -14,6 +16,7 @@ import functools
 import math
 import os
 import sys
+import tarfile
 import time
 
 import cv2
@@ -39,6 +42,8 @@ RESULTS = 'results.csv'
 COLUMNS = ('experiment', 'checkpoint', 'sha256', 'weights', 'step', 'data',
            'split', 'images', 'stride', 'scales', 'flip', 'window',
            'inference', 'mean_over', 'mIoU', 'seconds', 'git', 'IoU')
+SUBMISSION = 'results/VOC2012/Segmentation/comp6_test_cls'
+ARCHIVE = 'results.tgz'
 
 
 # ------------------------------------------------- pixels
@@ -293,22 +298,29 @@ def prepared(net):
 
 
 @torch.no_grad()
-def evaluate(net, loader, scales=(1.0,), flip=False):
-    """Return the confusion matrix (n, n) int64, rows label, of the images
-    of all processes' loaders; the net is left in evaluation mode."""
-    n = settings.N_CLASSES
-    device = next(net.parameters()).device
-    confusion = torch.zeros(n, n, dtype=torch.int64, device=device)
-    run = prepared(net)
+def predictions(net, loader, scales, flip):
+    """Yield (classes (b, H, W) uint8, label, IDs) of a loader's images, on
+    the net's device; the net is left in evaluation mode."""
+    device, run = next(net.parameters()).device, prepared(net)
     dataset.keep_memory()
     bar = utils.progress(total=len(loader.dataset), desc='evaluate',
                          unit='image', leave=False)
     for image, label, names in dataset.to_device(loader, device):
-        pred = classify(run, dataset.normalise(image, device), scales, flip)
-        confusion += utils.confusion_matrix(pred, label, n,
-                                            settings.IGNORE_LABEL)
+        yield classify(run, dataset.normalise(image, device), scales,
+                       flip), label, names
         bar.update(len(names) * utils.world())
     bar.close()
+
+
+def evaluate(net, loader, scales=(1.0,), flip=False):
+    """Return the confusion matrix (n, n) int64, rows label, of the images
+    of all processes' loaders; the net is left in evaluation mode."""
+    n = settings.N_CLASSES
+    confusion = torch.zeros(n, n, dtype=torch.int64,
+                            device=next(net.parameters()).device)
+    for pred, label, _ in predictions(net, loader, scales, flip):
+        confusion += utils.confusion_matrix(pred, label, n,
+                                            settings.IGNORE_LABEL)
     if utils.world() > 1:
         dist.all_reduce(confusion)
     return confusion.cpu()
@@ -477,6 +489,65 @@ def draw_classes(classes, colours, mean):
     return page
 
 
+# ------------------------------------------------- submission
+def submit(net):
+    """Write the VOC test server's archive: VAL_SPLIT's masks, in VOC's
+    palette, at the images' own sizes. Labels are not looked at."""
+    data = dataset.Segmentation(settings.VAL_SPLIT, False, labelled=False)
+    sizes = data.sizes()
+    os.makedirs(SUBMISSION, exist_ok=True)
+    for preds, _, ids in predictions(net, shared_loader(net, data),
+                                     settings.EVAL_SCALES,
+                                     settings.EVAL_FLIP):
+        for pred, name in zip(preds.cpu().numpy(), ids):
+            utils.save_label(pred, os.path.join(SUBMISSION, f'{name}.png'),
+                             utils.voc_palette())
+    utils.gather(None)                  # until all processes are here
+    if utils.rank() == 0:
+        pack(data.ids, sizes)
+    utils.log(f'{len(data)} masks of {data.split} are in {SUBMISSION}, and '
+              f'in {ARCHIVE} for the server')
+
+
+def pack(ids, sizes):
+    """Write the archive of the masks of all ids, sizes (H, W); raise
+    ValueError, and leave what was there, unless each is as it shall be."""
+    with utils.atomic(ARCHIVE) as part, tarfile.open(part, 'w:gz') as tar:
+        for name, size in zip(utils.progress(ids, desc='pack', unit='mask',
+                                             leave=False), sizes):
+            path = os.path.join(SUBMISSION, f'{name}.png')
+            fault = _fault(path, size)
+            if fault:
+                raise ValueError(f'{path} {fault}; {ARCHIVE} was not written.'
+                                 f' Run again, alone in this folder')
+            tar.add(path, filter=_nobodys)
+
+
+def _fault(path, size):
+    """Say what keeps a mask from being one of an image of size (H, W)."""
+    try:
+        with Image.open(path, formats=('PNG',)) as image:
+            mode, label = image.mode, np.array(image)
+            palette = image.getpalette()
+    except dataset.UNREADABLE as error:
+        return f'cannot be read ({type(error).__name__})'
+    if mode != 'P' or palette != utils.voc_palette().ravel().tolist():
+        return 'has not the VOC palette'
+    if label.shape != size:
+        return (f'has {label.shape[1]} x {label.shape[0]} pixels, the image '
+                f'{size[1]} x {size[0]}')
+    if label.max() >= settings.N_CLASSES:
+        return f'has the class {label.max()}, of {settings.N_CLASSES}'
+    return ''
+
+
+def _nobodys(member):
+    """Return an archive's member without its owner's name."""
+    member.uid = member.gid = 0
+    member.uname = member.gname = ''
+    return member
+
+
 # ------------------------------------------------- results.csv
 def open_results():
     """Return results.csv to append to, its header written and the file kept
@@ -521,13 +592,18 @@ def keep_result(scored, weights, result, seconds):
 
 
 # ------------------------------------------------- report
+def shared_loader(net, data):
+    """Return the loader of this process's share of a split's images."""
+    gpu = next(net.parameters()).is_cuda
+    return dataset.val_loader(data, utils.rank(), utils.world(),
+                              settings.EVAL_BATCH or (8 if gpu else 1))
+
+
 def measure(net, data):
     """Return the confusion matrix of a net on a split, which all processes
     share, at EVAL_SCALES and EVAL_FLIP."""
-    gpu = next(net.parameters()).is_cuda
-    loader = dataset.val_loader(data, utils.rank(), utils.world(),
-                                settings.EVAL_BATCH or (8 if gpu else 1))
-    return evaluate(net, loader, settings.EVAL_SCALES, settings.EVAL_FLIP)
+    return evaluate(net, shared_loader(net, data), settings.EVAL_SCALES,
+                    settings.EVAL_FLIP)
 
 
 def score(net, data, names):
@@ -603,8 +679,11 @@ def report(net, checkpoint, path, digest):
 
 def main():
     parser = argparse.ArgumentParser(
-        description=__doc__, usage='eval.py [CHECKPOINT] [KEY=VALUE ...]',
+        description=__doc__, usage='eval.py [--submit] [CHECKPOINT] '
+        '[KEY=VALUE ...]',
         formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--submit', action='store_true',
+                        help='write the VOC test server\'s archive')
     parser.add_argument('checkpoint', nargs='?', help=argparse.SUPPRESS)
     asked = parser.parse_args(settings.override(sys.argv[1:]))
     path = find_checkpoint(asked.checkpoint)
@@ -614,7 +693,10 @@ def main():
     digest = utils.file_hash(path)      # now: a run may write the file anew
     net, checkpoint = load_network(path, device)
     check_settings()
-    report(net, checkpoint, path, digest)
+    if asked.submit:
+        submit(net)
+    else:
+        report(net, checkpoint, path, digest)
     utils.leave(0)
 
 

@@ -191,6 +191,49 @@ def test_results_that_cannot_be_kept(bad, monkeypatch):
            status=1)
 
 
+def test_submission(bad, monkeypatch):
+    """Pictures are looked for before the first is segmented; an archive that
+    is there stays where a new one would not be whole."""
+    torch.save({'net': baselines.build_network().state_dict(), 'step': 1},
+               'a.pth')
+    shutil.rmtree(bad.root / 'SegmentationClassAug')
+    given = '--submit', 'a.pth', 'STRIDE=16', 'NUM_WORKERS=0'
+    expect(bad(*given, 'VAL_SPLIT=test', main=eval.main), 'test.txt',
+           'train, val')
+    ids = (bad.root / 'ImageSets/Segmentation/val.txt').read_text().split()
+    picture = bad.root / 'JPEGImages' / f'{ids[1]}.jpg'
+    kept = picture.read_bytes()
+    picture.unlink()
+    expect(bad(*given, main=eval.main), picture, 'is not there')
+    picture.write_bytes(b'no picture')
+    expect(bad(*given, main=eval.main), picture, 'cannot be read')
+    assert not os.path.exists('results')
+    picture.write_bytes(kept)
+    with open('results.tgz', 'w') as file:
+        file.write('old')
+
+    inner, palette = utils.save_label, utils.voc_palette()
+    for name, spoil, told in (
+            ('gone', os.remove, 'cannot be read (FileNotFoundError)'),
+            ('torn', lambda path: os.truncate(path, 60), 'cannot be read'),
+            ('small', lambda path: inner(np.zeros((9, 7), np.uint8), path,
+                                         palette), 'has 7 x 9 pixels'),
+            ('grey', lambda path: Image.new('L', (9, 9)).save(path),
+             'has not the VOC palette'),
+            ('class', lambda path: inner(np.full(dataset.image_size(
+                picture), 6, np.uint8), path, palette), 'has the class 6')):
+        def spoilt(label, path, colours):
+            inner(label, path, colours)
+            if path.endswith(f'{ids[1]}.png'):
+                spoil(path)
+        monkeypatch.setattr(utils, 'save_label', spoilt)
+        expect(bad(*given, main=eval.main), f'{ids[1]}.png {told}',
+               'was not written')
+        with open('results.tgz') as file:
+            assert file.read() == 'old', name
+    assert not os.path.exists('results.tgz.tmp')
+
+
 def test_prediction(bad, capsys):
     expect(bad('no.jpg', main=predict.main), 'no.jpg is not there')
     twin = bad.root / bad.image.name

@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import sys
+import tarfile
 import threading
 
 import numpy as np
@@ -501,6 +502,51 @@ def test_runs_that_end_at_once_tear_no_lines(small, monkeypatch):
         assert os.path.getsize('results.csv') == size
     writer.join(30)
     assert len(lines()) == 140
+
+
+# ------------------------------------------------- submission
+def test_the_test_servers_archive(small, toy, tmp_path, monkeypatch):
+    """Of a split without labels: names, sizes, palette, classes."""
+    root = tmp_path / 'unlabelled'
+    lists = root / 'ImageSets' / 'Segmentation'
+    lists.mkdir(parents=True)
+    ids = ['2008_000001', '2008_000002', '2008_000003']
+    (lists / 'test.txt').write_text('\n'.join(ids))
+    (root / 'JPEGImages').mkdir()
+    random = np.random.default_rng(0)
+    for i, name in enumerate(ids):
+        Image.fromarray(random.integers(0, 255, (5, 7, 3), np.uint8)).resize(
+            (161, 90 + i)).save(root / 'JPEGImages' / f'{name}.jpg')
+    torch.manual_seed(0)
+    net = baselines.build_network()
+    with torch.no_grad():               # so that several classes are there
+        net.fc2.bias -= net.eval()(torch.randn(1, 3, 97, 161)).mean((0, 2, 3))
+    torch.save({'net': net.state_dict(), 'step': 1}, 'a.pth')
+    os.makedirs(eval.SUBMISSION)
+    with open(os.path.join(eval.SUBMISSION, 'other.png'), 'w'):
+        pass                                    # of another split
+    evaluate_here(monkeypatch, '--submit', 'a.pth', f'DATA_ROOT={root}',
+                  'VAL_SPLIT=test', 'EVAL_SCALES=0.75,1', 'EVAL_FLIP=True')
+    with tarfile.open('results.tgz') as archive:
+        assert archive.getnames() == [
+            f'results/VOC2012/Segmentation/comp6_test_cls/{name}.png'
+            for name in ids]
+        assert {(m.uname, m.uid, m.isfile()) for m in archive} == {
+            ('', 0, True)}
+        for i, member in enumerate(archive):
+            with Image.open(archive.extractfile(member)) as mask:
+                assert mask.mode == 'P' and mask.size == (161, 90 + i)
+                assert mask.getpalette()[3:9] == [128, 0, 0, 0, 128, 0]
+                pred = np.array(mask)
+            picture = dataset.read_image(root / 'JPEGImages' /
+                                         f'{ids[i]}.jpg')
+            x = dataset.normalise(torch.from_numpy(picture).permute(
+                2, 0, 1)[None], 'cpu')
+            with torch.no_grad():
+                want = eval.infer(net, x, (0.75, 1.0), True).argmax(1)[0]
+            assert np.array_equal(pred, want) and len(want.unique()) > 1
+            assert os.path.isfile(member.name)
+    assert not os.path.exists('results.csv')
 
 
 # ------------------------------------------------- checkpoints

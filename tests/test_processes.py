@@ -11,10 +11,12 @@ import os
 import socket
 import subprocess
 import sys
+import tarfile
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import baselines
 import dataset
@@ -166,6 +168,25 @@ def test_three_processes_count_every_image_once(small, toy):
         assert [row['images'] for row in csv.DictReader(file)] == ['5', '5']
 
 
+def test_several_processes_make_one_archive(small, tmp_path):
+    """The first, which packs, has done its share long before the second."""
+    lists = tmp_path / 'set' / 'ImageSets' / 'Segmentation'
+    lists.mkdir(parents=True)
+    (lists / 'test.txt').write_text('little\nlarge\n')
+    (tmp_path / 'set' / 'JPEGImages').mkdir()
+    for name, side in (('little', 33), ('large', 1200)):
+        Image.new('RGB', (side, side), 'red').save(
+            tmp_path / 'set' / 'JPEGImages' / f'{name}.jpg')
+    torch.save({'net': baselines.build_network().state_dict(), 'step': 1},
+               'a.pth')
+    done = run('eval.py', '--submit', 'a.pth', 'DATA_ROOT=set',
+               'VAL_SPLIT=test', 'STRIDE=16', 'NUM_WORKERS=0',
+               'DEVICES=-1,-1', cwd='.')
+    assert done.returncode == 0, done.stderr
+    with tarfile.open('results.tgz') as archive:
+        assert len(archive.getnames()) == 2
+
+
 def test_a_batch_that_does_not_divide_is_refused(small):
     vars(settings).update(BATCH_SIZE=6, ACCUM=2)
     train.check_settings(3)
@@ -305,7 +326,6 @@ def test_labels_are_checked_before_several_processes_score(small, toy,
                                                            tmp_path):
     """Masks of 0 and 255 alone are refused, as by one process."""
     import shutil
-    from PIL import Image
     root = tmp_path / 'set'
     shutil.copytree(toy, root)
     for path in (root / 'SegmentationClassAug').iterdir():

@@ -63,7 +63,7 @@ def test_the_demo_in_short(folder):
 def test_clean_removes_what_a_run_made_and_nothing_else(folder):
     kept = ['models/resnet18-f37072fd.pth', 'models/step_best.pth',
             'data/toy/classes.txt', 'predictions/a.png', 'logdir/mine.txt',
-            'results.csv']
+            'results.csv', 'results.tgz']
     gone = ['models/latest.pth', 'models/best.pth', 'models/final.pth',
             'models/step_20.pth', 'models/latest.pth.tmp',
             'logdir/log.csv', 'logdir/eval.json', 'logdir/confusion.png',
