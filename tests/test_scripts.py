@@ -189,7 +189,7 @@ def test_the_readme_speaks_of_every_script(folder):
         assert f'def {name}(' in tests, name
 
 
-# ------------------------------------------------- the benchmark
+# ------------------------------------------------- the longer scripts
 def test_the_benchmark_prints_its_tables(tmp_path):
     done = run('tests/bench.py', 'evaluation', '--rounds', 1, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -201,8 +201,15 @@ def test_the_benchmark_prints_its_tables(tmp_path):
 
 @pytest.mark.parametrize('words, told', (
     (['bench.py', 'speed'], 'speed: areas are'),
-    (['bench.py', '--rounds', 0], 'rounds at least 1')))
-def test_the_benchmark_refuses_in_a_line(words, told, tmp_path):
+    (['bench.py', '--rounds', 0], 'rounds at least 1'),
+    (['compare.py'], 'name the folder'),
+    (['compare.py', '--camvid', 'gone'], '--camvid gone: no such folder')))
+def test_the_longer_scripts_refuse_in_a_line(words, told, tmp_path):
     done = run(f'tests/{words[0]}', *words[1:], cwd=tmp_path)
     assert done.returncode == 2 and told in done.stderr
     assert 'Traceback' not in done.stderr
+
+
+def test_a_comparison_that_was_not_run_says_so(tmp_path):
+    done = run('tests/compare.py', '--table', cwd=tmp_path)
+    assert done.returncode == 0 and '| psa | not run | not run' in done.stdout
