@@ -2,6 +2,9 @@
 
     python prepare.py toy [--to DIR] [--seed N] [--train N] [--val N]
     python prepare.py voc [--from DIR] [--to DIR] [--sbd-first]
+    python prepare.py coco | cityscapes | context | cocostuff
+                      [--from DIR] [--to DIR]
+    python prepare.py masks IMAGES MASKS [--to DIR] [--classes FILE] ...
 
     DIR/JPEGImages/ID.jpg
     DIR/SegmentationClassAug/ID.png             class index, 255 = void
@@ -10,13 +13,15 @@
     DIR/prepared.json                           what was asked for; counts
 
 Archives are downloaded into the folder `downloads` beside DIR, or taken from
---from DIR. A run that was cut off goes on when it is run again; a finished
-one is left as it is. H x W pixels.
+--from DIR, and read as they are, in several processes. A run that was cut off
+goes on when it is run again; a finished one is left as it is. H x W pixels.
 """
 import argparse
 import collections
 import concurrent.futures
+import functools
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -24,19 +29,24 @@ import re
 import shutil
 import signal
 import tarfile
+import zipfile
 import zlib
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 import utils
 
 LISTS = os.path.join('ImageSets', 'Segmentation')
 VOID = 255
+CLASSES = {'coco': 'voc'}    # whose class file is another set's
+VOC_ID = '[0-9]{4}_[0-9]{6}'
 
-# archives: url, hash, bytes; unpacked: bytes, about; lists: count and first
-# digits of the sha256 of the sorted IDs, each with a line feed after it
+# archives: url, hash ('': none is on record; the count of what is in it, and
+# a zip's own check sums, tell), bytes, about; login: where a name and password
+# are asked for; unpacked: bytes, about; lists: count and first digits of the
+# sha256 of the sorted IDs, each with a line feed after it; counts: of images
 SOURCES = {
     'voc': {
         'archives': (
@@ -51,6 +61,38 @@ SOURCES = {
                   'val': (1449, 'cdc1326d12f69ce5153aa5da04a4d878'),
                   'trainval': (2913, 'f8dae64f9e08d8b06ef41286dcd4c516'),
                   'trainaug': (10582, 'd1326bd532648d73bc4b1bd275434eba')}},
+    'coco': {
+        'archives': (
+            ('http://images.cocodataset.org/annotations/'
+             'annotations_trainval2017.zip', '', 253_000_000),
+            ('http://images.cocodataset.org/zips/train2017.zip', '',
+             19_340_000_000),
+            ('http://images.cocodataset.org/zips/val2017.zip', '',
+             816_000_000)),
+        'unpacked': 17_000_000_000,
+        'counts': {'train': 118_287, 'val': 5000}},
+    'cityscapes': {
+        'login': 'https://www.cityscapes-dataset.com/downloads/',
+        'archives': (('leftImg8bit_trainvaltest.zip', '', 11_600_000_000),
+                     ('gtFine_trainvaltest.zip', '', 253_000_000)),
+        'unpacked': 4_000_000_000,
+        'counts': {'train': 2975, 'val': 500, 'test': 1525}},
+    'context': {
+        'archives': (
+            ('http://host.robots.ox.ac.uk/pascal/VOC/voc2010/'
+             'VOCtrainval_03-May-2010.tar',
+             'sha1:bf9985e9f2b064752bf6bd654d89f017c76c395a', 1_360_000_000),
+            ('https://codalabuser.blob.core.windows.net/public/'
+             'trainval_merged.json',
+             'sha1:169325d9f7e9047537fedca7b04de4dddf10b881', 600_000_000)),
+        'unpacked': 1_100_000_000,
+        'counts': {'train': 4998, 'val': 5105}},
+    'cocostuff': {
+        'archives': (
+            ('http://calvin.inf.ed.ac.uk/wp-content/uploads/data/'
+             'cocostuffdataset/cocostuff-10k-v1.1.zip', '', 2_100_000_000),),
+        'unpacked': 1_900_000_000,
+        'counts': {'train': 9000, 'test': 1000}},
 }
 VOC_FILES = {       # what is taken from the archives: kind, name; group 1: ID
     'list': r'VOCdevkit/VOC2012/ImageSets/Segmentation/'
@@ -60,6 +102,37 @@ VOC_FILES = {       # what is taken from the archives: kind, name; group 1: ID
 SBD_FILES = {
     'list': r'benchmark_RELEASE/dataset/(train|val)\.txt',
     'label': r'benchmark_RELEASE/dataset/cls/([0-9]{4}_[0-9]{6})\.mat'}
+COCO_FILES = {
+    'annotations': r'annotations/instances_(train|val)2017\.json',
+    'train': r'train2017/([0-9]{12})\.jpg',
+    'val': r'val2017/([0-9]{12})\.jpg'}
+CITY_FILES = {
+    'image': r'leftImg8bit/(?:train|val|test)/[a-z-]+/'
+             r'([a-z-]+_[0-9]{6}_[0-9]{6})_leftImg8bit\.png',
+    'label': r'gtFine/(train|val|test)/[a-z-]+/'
+             r'([a-z-]+_[0-9]{6}_[0-9]{6})_gtFine_labelIds\.png'}
+CONTEXT_FILES = {'image': r'VOCdevkit/VOC2010/JPEGImages/'
+                          r'([0-9]{4}_[0-9]{6})\.jpg'}
+STUFF_FILES = {
+    'list': r'(?:[\w.-]+/)?imageLists/(train|test)\.txt',
+    'image': r'(?:[\w.-]+/)?images/(COCO_train2014_[0-9]{12})\.jpg',
+    'label': r'(?:[\w.-]+/)?annotations/(COCO_train2014_[0-9]{12})\.mat'}
+# the ids that become class 0, 1, 2, ...
+COCO_IDS = (0, 5, 2, 16, 9, 44, 6, 3, 17, 62, 21, 67, 18, 19, 4, 1, 64, 20,
+            63, 7, 72)
+CITY_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31,
+            32, 33)
+CONTEXT_IDS = (
+    0, 2, 9, 18, 19, 22, 23, 25, 31, 33, 34, 44, 45, 46, 59, 65, 68, 72, 80,
+    85, 98, 104, 105, 113, 115, 144, 158, 159, 162, 187, 189, 207, 220, 232,
+    258, 259, 260, 284, 295, 296, 308, 324, 326, 347, 349, 354, 355, 360, 366,
+    368, 397, 415, 416, 420, 424, 427, 440, 445, 454, 458)
+STUFF_IDS = tuple(sorted({*range(1, 183)} - {12, 26, 29, 30, 45, 66, 68, 69,
+                                             71, 83, 91}))
+COCO_LEAST = 1000            # an image with fewer pixels of classes is left
+PICTURES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
+MASKS = ('.png', '.bmp', '.tif', '.tiff', '.gif')   # no class is blurred
+ORIENTATION = 0x0112         # the EXIF tag of a turned picture
 
 TOY_HUES = (5, 215, 140, 46, 285)            # degrees, of toy's classes 1..5
 TOY_CORNERS = {2: (4, 0.707), 3: (3, 0.5), 4: (5, 0.45)}   # and inner radius
@@ -112,15 +185,22 @@ def is_ready(root, name, options):
     return True
 
 
-def begin(root, name, options):
-    """Make the folders of the layout, the class file and the stamp."""
+def begin(root, name, options, classes=None):
+    """Make the folders of the layout, the class file (of the data set, or
+    classes, (names, colours)) and the stamp."""
     try:
         for folder in ('JPEGImages', 'SegmentationClassAug', LISTS):
             os.makedirs(os.path.join(root, folder), exist_ok=True)
     except OSError as error:
         raise OSError(f'{root} cannot be made ({error}); name another folder '
                       f'with --to') from None
-    shutil.copyfile(class_file(name), os.path.join(root, 'classes.txt'))
+    path = os.path.join(root, 'classes.txt')
+    if classes:
+        with utils.atomic(path) as part, open(part, 'w') as file:
+            file.writelines(f'{name} {r} {g} {b}\n'
+                            for name, (r, g, b) in zip(*classes))
+    else:
+        shutil.copyfile(class_file(CLASSES.get(name, name)), path)
     utils.save_json({'name': name, 'options': options},
                     os.path.join(root, 'prepared.json'))
 
@@ -139,21 +219,23 @@ def finish(root, name, options, lists):
     if lost:
         raise RuntimeError(f'{len(lost)} files of the lists were not made, '
                            f'such as {lost[0]}')
+    os.sync()               # files were not made to wait for the disk
     utils.save_json({'name': name, 'options': options, 'counts': counts},
                     os.path.join(root, 'prepared.json'))
     utils.log(f'{root} is ready: {name}, {counts}')
 
 
 def missing(root, splits):
-    """Return the paths that are not there: lists, and what they name."""
+    """Return the paths that are not there, or empty, as a power cut leaves
+    them: lists, and what they name."""
     lists = [os.path.join(root, LISTS, split + '.txt') for split in splits]
     paths, names = set(lists), set()
     for path in filter(os.path.exists, lists):
         with open(path) as file:
-            names.update(file.read().split())
+            names.update(file.read().splitlines())
     for where in (image_path, label_path):
         paths.update(where(root, name) for name in names)
-    return sorted(path for path in paths if not os.path.exists(path))
+    return sorted(path for path in paths if not file_bytes(path))
 
 
 # ------------------------------------------------- archives
@@ -166,9 +248,14 @@ def fetch(name, source, root):
     """
     beside = os.path.join(os.path.dirname(os.path.abspath(root)), 'downloads')
     paths, to_come = {}, SOURCES[name]['unpacked']
+    login = SOURCES[name].get('login')
     for url, digest, size in SOURCES[name]['archives']:
         path = os.path.join(source or beside, os.path.basename(url))
         paths[path] = url, digest
+        if login and not os.path.isfile(path):
+            raise FileNotFoundError(f'{path} is not there; it wants a log-in:'
+                                    f' fetch {url} from {login}, and put it '
+                                    f'there or name its folder with --from')
         if source and not os.path.isfile(path):
             raise FileNotFoundError(f'{path} is not there; get it from {url},'
                                     f' or leave out --from')
@@ -178,12 +265,12 @@ def fetch(name, source, root):
     for path, (url, digest) in paths.items():
         if not os.path.isfile(path):
             utils.download(url, path, digest)
-            continue
-        utils.log(f'checking {path}')
-        try:
-            utils.check_hash(path, digest)
-        except ValueError as error:
-            raise ValueError(f'{error}; get it anew from {url}') from None
+        elif digest:
+            utils.log(f'checking {path}')
+            try:
+                utils.check_hash(path, digest)
+            except ValueError as error:
+                raise ValueError(f'{error}; get it anew from {url}') from None
     return list(paths)
 
 
@@ -229,13 +316,57 @@ def members(path, patterns):
                         data = archive.extractfile(member).read()
                         yield kind, match[1], data
     except (tarfile.TarError, EOFError, zlib.error) as error:
-        raise ValueError(f'{path} is truncated or damaged ({error}); fetch '
-                         f'it again') from None
+        raise _damaged(path, error) from None
 
 
-def convert(work, jobs, desc):
-    """Call work(path, *rest) for each job (path, *rest) whose path is not
-    there yet, in several processes; work makes the file at path.
+def zipped(path, patterns):
+    """Return [(kind, ID, ..., name)] of the members of a zip whose whole name
+    matches one of the patterns {kind: pattern}; its groups are the IDs.
+
+    Raises ValueError for a damaged archive.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, EOFError) as error:
+        raise _damaged(path, error) from None
+    return [(kind, *match.groups(), name) for name in names
+            for kind, pattern in patterns.items()
+            if (match := re.fullmatch(pattern, name))]
+
+
+def member(path, name):
+    """Return the bytes of a zip's member. Raises ValueError."""
+    try:
+        return _opened(path, os.getpid(), os.stat(path).st_mtime_ns).read(name)
+    except (zipfile.BadZipFile, EOFError, zlib.error) as error:
+        raise _damaged(path, error) from None
+
+
+@functools.cache
+def _opened(path, pid, written):
+    """Return a zip, open for the rest of the process of this number: its
+    directory, of 100,000 members, is read once, and no file is shared.
+    written: when it was; a new file of that path is opened anew."""
+    return zipfile.ZipFile(path)
+
+
+def _damaged(path, error):
+    return ValueError(f'{path} is truncated or damaged ({error}); fetch it '
+                      f'again')
+
+
+def read_json(data, path):
+    """Return what a JSON file holds; ValueError names its path."""
+    try:
+        return json.loads(data)
+    except ValueError as error:
+        raise _damaged(path, error) from None
+
+
+def in_processes(work, jobs, desc, total=None, done=None):
+    """Yield what work(*job) returns for each of the (total) jobs, in turn, in
+    several processes; those of which done(job) is true are passed over.
 
     work: a function of a module, as the processes import it. Raises what a
     call raised, ValueError or OSError, as a message for the user.
@@ -244,28 +375,82 @@ def convert(work, jobs, desc):
     with concurrent.futures.ProcessPoolExecutor(
             min(8, os.cpu_count() or 1), initializer=signal.signal,
             initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
-        for path, *rest in utils.progress(jobs, desc=desc):
-            if not os.path.exists(path):
-                running.append((path, pool.submit(work, path, *rest)))
+        for job in utils.progress(jobs, desc=desc, total=total):
+            if not (done and done(job)):
+                running.append(pool.submit(work, *job))
             if len(running) > 64:               # what is read ahead
-                await_file(*running.popleft())
-        for path, future in running:
-            await_file(path, future)
+                yield result(running.popleft())
+        for future in running:
+            yield result(future)
 
 
-def await_file(path, future):
-    """Wait for a process to make the file; name it where that failed."""
+def result(future):
+    """Return what a process has found; raise its error as ours."""
     try:
-        future.result()
+        return future.result()
     except (ValueError, OSError) as error:
         kind = ValueError if isinstance(error, ValueError) else OSError
-        raise kind(f'{path} cannot be made: {error}') from error
+        raise kind(str(error)) from error
+
+
+def convert(work, jobs, desc):
+    """Call work(path, *rest) for each job (path, *rest) whose path is not
+    there yet, in several processes; work makes the file at path, or none.
+    Raises as in_processes does; the message names the path.
+    """
+    for _ in in_processes(make, ((job[0], work, *job[1:]) for job in jobs),
+                          desc, len(jobs) if isinstance(jobs, list) else None,
+                          lambda job: file_bytes(job[0])):
+        pass
+
+
+def make(path, work, *rest):
+    """Call work(path, *rest); name the path where that fails."""
+    try:
+        work(path, *rest)
+    except (ValueError, OSError) as error:
+        kind = ValueError if isinstance(error, ValueError) else OSError
+        raise kind(f'{path} cannot be made: {error}') from None
 
 
 def write_bytes(path, data):
     """Write a file, whole or not at all."""
-    with utils.atomic(path) as part, open(part, 'wb') as file:
+    with utils.atomic(path, flush=False) as part, open(part, 'wb') as file:
         file.write(data)
+
+
+def copy(path, archive, name):
+    """Write a zip's member as it is."""
+    write_bytes(path, member(archive, name))
+
+
+def numbered(mask, ids):
+    """Return a mask (H, W) of ids as classes: ids[i] is i, others void."""
+    table = np.full(257, VOID, np.uint8)
+    table[list(ids)] = range(len(ids))
+    return table[np.minimum(mask, np.int32(256))]
+
+
+def check_counts(name, lists):
+    """Raise ValueError unless the lists {split: IDs} are as long as the
+    official ones."""
+    for split, count in SOURCES[name]['counts'].items():
+        if len(lists[split]) != count:
+            archives = ', '.join(os.path.basename(url) for url, *_
+                                 in SOURCES[name]['archives'])
+            raise ValueError(f'{split} has {len(lists[split])} images, not '
+                             f'{count}: {archives} are not the official, '
+                             f'whole archives')
+
+
+def need(package, what):
+    """Raise RuntimeError with the remedy where a package is not there."""
+    try:
+        importlib.import_module(package)
+    except ImportError:
+        name = package.partition('.')[0]
+        raise RuntimeError(f'{what} are read by {name}, which is not there: '
+                           f'pip install {name}') from None
 
 
 def check_lists(name, lists):
@@ -287,11 +472,7 @@ def voc(args):
     border; with --sbd-first SBD's goes first, but for val. Differs: the
     widely used SegmentationClassAug has SBD's for some that VOC has too.
     """
-    try:
-        import scipy.io  # noqa: F401
-    except ImportError:
-        raise RuntimeError('the labels of SBD are read by scipy, which is '
-                           'not there: pip install scipy') from None
+    need('scipy.io', 'the labels of SBD')
     root, options = args.to, {'sbd_first': args.sbd_first}
     if is_ready(root, 'voc', options):
         return
@@ -338,6 +519,470 @@ def voc_jobs(archive, root, lists):
             yield image_path(root, name), data
         if kind == 'label' and name in lists['trainval']:
             yield label_path(root, name), data
+
+
+# ------------------------------------------------- COCO's polygons and RLE
+def objects(data, classes, path):
+    """Return {picture's file: (size (H, W), parts)} of JSON in COCO's format;
+    parts: (class, segmentation) each, a crowd's class void.
+
+    classes: {category id: class}; objects of others are left out.
+    """
+    try:
+        images = {image['id']: (image['file_name'], (
+            image['height'], image['width']), []) for image in data['images']}
+        for note in data['annotations']:
+            if note['category_id'] in classes:
+                value = (VOID if note.get('iscrowd') else
+                         classes[note['category_id']])
+                images[note['image_id']][2].append((value,
+                                                    note['segmentation']))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f'{path} is no JSON in the format of COCO: '
+                         f'{error} is not there') from None
+    return {file: (size, parts) for file, size, parts in images.values()}
+
+
+def decode(segmentation, size):
+    """Return where an object is on an image of size (H, W), (H, W) bool, of
+    its polygons or RLE, whose counts may be packed. Raises ValueError."""
+    from pycocotools import mask
+    if not isinstance(segmentation, dict):
+        polygons = [corners for corners in segmentation if len(corners) > 5]
+        if any(len(corners) % 2 for corners in polygons):
+            raise ValueError('a polygon has an x without a y')
+        if not polygons:                        # fewer than three corners
+            return np.zeros(size, bool)
+        packed = mask.merge(mask.frPyObjects(polygons, *size))
+    elif list(segmentation['size']) != list(size):
+        raise ValueError(f'an RLE is of size {segmentation["size"]}, its '
+                         f'image of {list(size)}')
+    elif isinstance(segmentation['counts'], list):
+        packed = mask.frPyObjects(segmentation, *size)
+    else:
+        packed = segmentation
+    return mask.decode(packed).astype(bool)
+
+
+def paint(path, size, parts, colours, least=-1):
+    """Write the label of an image of size (H, W) from the parts of objects():
+    where they overlap the first wins, and void gives way to all. With `least`
+    pixels of classes or fewer nothing is written."""
+    label = np.zeros(size, np.uint8)
+    for value, segmentation in sorted(parts, key=lambda x: x[0] == VOID):
+        label[(label == 0) & decode(segmentation, size)] = value
+    if np.count_nonzero((label > 0) & (label < VOID)) > least:
+        utils.save_label(label, path, colours)
+
+
+def coco(args):
+    """Bring COCO 2017 into the layout, in VOC's 21 classes: train, val.
+
+    Images with more than 1,000 pixels of these classes. Where objects overlap
+    the first of the file wins; a crowd is void where no object is.
+    """
+    need('pycocotools.mask', 'the labels of COCO')
+    root, lists = args.to, {}
+    if is_ready(root, 'coco', {}):
+        return
+    notes, *archives = fetch('coco', args.source, root)
+    pictures = [dict(found[1:] for found in zipped(path, {split: COCO_FILES[
+        split]})) for split, path in zip(('train', 'val'), archives)]
+    check_counts('coco', dict(zip(('train', 'val'), pictures)))
+    begin(root, 'coco', {})
+    classes = {ID: i for i, ID in enumerate(COCO_IDS) if i}
+    files = {split: name for _, split, name in zipped(
+        notes, {'json': COCO_FILES['annotations']})}
+    for split, archive, there in zip(('train', 'val'), archives, pictures):
+        if split not in files:
+            raise ValueError(f'{notes} has no instances_{split}2017.json: it '
+                             f'is not the official archive')
+        found = objects(read_json(member(notes, files[split]), notes),
+                        classes, files[split])
+        found = {file[:-4]: parts for file, parts in found.items()
+                 if file[:-4] in there and parts[1]}
+        convert(paint, [(label_path(root, name), *parts, palette('voc'),
+                         COCO_LEAST) for name, parts in found.items()],
+                f'{split}, labels')
+        lists[split] = [name for name in found
+                        if os.path.exists(label_path(root, name))]
+        convert(copy, [(image_path(root, name), archive, there[name])
+                       for name in lists[split]], f'{split}, images')
+    finish(root, 'coco', {}, lists)
+
+
+# ------------------------------------------------- PASCAL Context
+def context(args):
+    """Bring PASCAL Context into the layout, 59 classes and background: train,
+    val. What is none of the 59, or not labelled, is background."""
+    need('pycocotools.mask', 'the labels of Context')
+    root, lists = args.to, {'train': [], 'val': []}
+    if is_ready(root, 'context', {}):
+        return
+    archive, notes = fetch('context', args.source, root)
+    with open(notes, 'rb') as file:
+        data = read_json(file.read(), notes)
+    try:                                        # into COCO's names
+        for image in data['images']:
+            image['id'] = image['image_id']
+            lists[image['phase']].append(image['file_name'][:-4])
+        for note in data['annos_segmentation']:
+            note['segmentation'] = note.get('segmentation') or note['RLE']
+        data['annotations'] = data['annos_segmentation']
+    except (KeyError, TypeError) as error:
+        raise ValueError(f'{notes} is not the JSON of Context: {error} is '
+                         f'not there') from None
+    check_counts('context', lists)
+    begin(root, 'context', {})
+    classes = {ID: i for i, ID in enumerate(CONTEXT_IDS) if i}
+    convert(paint, [(label_path(root, file[:-4]), *parts, palette('context'))
+                    for file, parts in objects(data, classes, notes).items()
+                    if re.fullmatch(VOC_ID + r'\.jpg', file)], 'labels')
+    wanted = {*lists['train'], *lists['val']}
+    convert(write_bytes, ((image_path(root, name), data) for _, name, data
+                          in members(archive, CONTEXT_FILES)
+                          if name in wanted), 'images')
+    finish(root, 'context', {}, lists)
+
+
+# ------------------------------------------------- COCO-Stuff, Cityscapes
+def cocostuff(args):
+    """Bring COCO-Stuff 10k v1.1 into the layout, 171 classes: train, test.
+    Unlabelled pixels are void."""
+    need('scipy.io', 'the labels of COCO-Stuff')
+    root = args.to
+    if is_ready(root, 'cocostuff', {}):
+        return
+    archive, = fetch('cocostuff', args.source, root)
+    found = zipped(archive, STUFF_FILES)
+    lists = {'train': [], 'test': []}
+    for kind, split, name in found:
+        if kind == 'list':
+            lists[split] = member(archive, name).decode().split()
+    check_counts('cocostuff', lists)
+    begin(root, 'cocostuff', {})
+    wanted, colours = {*lists['train'], *lists['test']}, palette('cocostuff')
+    convert(copy, [(image_path(root, ID), archive, name) for kind, ID, name
+                   in found if kind == 'image' and ID in wanted], 'images')
+    convert(stuff_label, [(label_path(root, ID), archive, name, colours)
+                          for kind, ID, name in found
+                          if kind == 'label' and ID in wanted], 'labels')
+    finish(root, 'cocostuff', {}, lists)
+
+
+def stuff_label(path, archive, name, colours):
+    """Write COCO-Stuff's mask, the field S of a .mat file."""
+    from scipy.io import loadmat
+    mask = loadmat(io.BytesIO(member(archive, name)))['S']
+    utils.save_label(numbered(mask, STUFF_IDS), path, colours)
+
+
+def cityscapes(args):
+    """Bring Cityscapes into the layout, 19 classes: train, val, test.
+
+    The pictures, PNGs, become JPEGs of quality 95 with whole chroma. The
+    labels of test are void, as they are kept by the test server.
+    """
+    root, lists = args.to, {'train': [], 'val': [], 'test': []}
+    if is_ready(root, 'cityscapes', {}):
+        return
+    pictures, masks = fetch('cityscapes', args.source, root)
+    labels = zipped(masks, {'label': CITY_FILES['label']})
+    for _, split, ID, _ in labels:
+        lists[split].append(ID)
+    check_counts('cityscapes', lists)
+    begin(root, 'cityscapes', {})
+    convert(city_image, [(image_path(root, ID), pictures, name)
+                         for _, ID, name in zipped(pictures, {
+                             'image': CITY_FILES['image']})], 'images')
+    convert(city_label, [(label_path(root, ID), masks, name,
+                          palette('cityscapes'))
+                         for _, _, ID, name in labels], 'labels')
+    finish(root, 'cityscapes', {}, lists)
+
+
+def city_image(path, archive, name):
+    """Write a picture of Cityscapes as a JPEG."""
+    with Image.open(io.BytesIO(member(archive, name))) as image:
+        save_jpeg(image, path)
+
+
+def city_label(path, archive, name, colours):
+    """Write a mask of Cityscapes, a PNG of label ids."""
+    with Image.open(io.BytesIO(member(archive, name))) as image:
+        utils.save_label(numbered(np.array(image), CITY_IDS), path, colours)
+
+
+def save_jpeg(image, path):
+    """Write a picture, whole or not at all, as a JPEG of quality 95."""
+    with utils.atomic(path, flush=False) as part:
+        image.convert('RGB').save(part, 'JPEG', quality=95, subsampling=0)
+
+
+# ------------------------------------------------- one's own
+def masks(args):
+    """Bring your own pictures and masks into the layout: train, val.
+
+    IMAGES: a folder of pictures. MASKS: a folder of masks, each named as its
+    picture is, of class numbers (palette or grey; 255 is void) or of colours
+    that --classes names; or JSON in COCO's format, whose categories become
+    classes 1, 2, ... over a background.
+    """
+    root, json_file = args.to, args.masks.endswith('.json')
+    options = {key: getattr(args, key) for key in (
+        'classes', 'by_colour', 'white', 'suffix', 'val', 'seed')}
+    options.update({key: os.path.abspath(getattr(args, key))
+                    for key in ('images', 'masks')})
+    if not 0 < args.val < 1 or args.seed < 0:
+        raise ValueError(f'--val {args.val} --seed {args.seed}: a share '
+                         f'between 0 and 1, and a seed of 0 or more')
+    if json_file and (args.by_colour or args.white or args.suffix):
+        raise ValueError('--by-colour, --white and --suffix are for a folder '
+                         'of masks, not for JSON')
+    if is_ready(root, 'masks', options):
+        return
+    named = utils.read_class_file(args.classes) if args.classes else None
+    own = from_json if json_file else from_folder
+    classes, pictures, labels = own(args, named)
+    if len(labels) < 2:
+        raise ValueError(f'{args.images} has {len(labels)} pictures with a '
+                         f'mask; a split into train and val needs 2')
+    begin(root, 'masks', options, classes)
+    convert(paint if json_file else own_label,
+            [(label_path(root, name), *label, classes[1])
+             for name, label in labels.items()], 'labels')
+    convert(own_picture, [(image_path(root, name), *pictures[name])
+                          for name in labels], 'images')
+    names = np.random.default_rng(args.seed).permutation(sorted(labels))
+    val = min(max(1, round(args.val * len(names))), len(names) - 1)
+    finish(root, 'masks', options, {'train': names[val:].tolist(),
+                                    'val': names[:val].tolist()})
+    utils.log(f'classes: {", ".join(classes[0])}. To train on them:\n'
+              f'python train.py DATA_ROOT={root} TRAIN_SPLIT=train '
+              f'N_CLASSES={len(classes[0])}')
+
+
+def files(folder, endings, what):
+    """Return {name without ending: path} of a folder's files."""
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f'{folder}: no such folder of {what}')
+    found = {}
+    for file in sorted(os.listdir(folder)):
+        name, end = os.path.splitext(file)
+        if end.lower() not in endings or file.startswith('.'):
+            continue
+        if name in found:
+            raise ValueError(f'{found[name]} and {file} have one name; '
+                             f'rename one')
+        found[name] = os.path.join(folder, file)
+    if not found:
+        raise ValueError(f'{folder} has no {what} ({" ".join(endings)})')
+    return found
+
+
+def from_json(args, named):
+    """Return (classes, {ID: (picture, size)}, {ID: (size, parts)}) of JSON in
+    COCO's format; named: --classes, which gives its classes colours."""
+    need('pycocotools.mask', 'polygons')
+    if not os.path.isfile(args.masks):
+        raise FileNotFoundError(f'{args.masks} is not there')
+    with open(args.masks, 'rb') as file:
+        data = read_json(file.read(), args.masks)
+    try:
+        names = {each['id']: each['name'] for each in data['categories']}
+        strange = {note['category_id'] for note in data['annotations']
+                   } - set(names)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f'{args.masks} is no JSON in the format of COCO: '
+                         f'{error} is not there') from None
+    if strange or not names:
+        raise ValueError(f'{args.masks} names the categories '
+                         f'{sorted(names)}, its objects are of '
+                         f'{sorted(strange)} too')
+    order = sorted(names)
+    classes = (['background', *(names[ID] for ID in order)],
+               utils.voc_palette()[:len(order) + 1].tolist())
+    if named and named[0] != classes[0]:
+        raise ValueError(f'{args.classes} names {", ".join(named[0])}; '
+                         f'{args.masks} has {", ".join(classes[0])}')
+    pictures, labels = {}, {}
+    for file, (size, parts) in objects(data, {
+            ID: i + 1 for i, ID in enumerate(order)}, args.masks).items():
+        path = os.path.join(args.images, file)
+        name = os.path.splitext(os.path.basename(file))[0]
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f'{path} is not there, but {args.masks} '
+                                    f'speaks of it')
+        if name in labels:
+            raise ValueError(f'{args.masks} has two pictures of the name '
+                             f'{name}; rename one')
+        pictures[name], labels[name] = (path, size), (size, parts)
+    return named or classes, pictures, labels
+
+
+def from_folder(args, named):
+    """Return (classes, {ID: (picture, size)}, {ID: (mask, table, whether by
+    colour)}) of a folder of masks; named: the classes of --classes.
+
+    Raises ValueError where what a value means would be a guess.
+    """
+    pictures = files(args.images, PICTURES, 'pictures')
+    there = files(args.masks, MASKS, 'masks')
+    for name, path in pictures.items():
+        if name + args.suffix not in there:
+            raise FileNotFoundError(
+                f'{path} has no mask: '
+                f'{os.path.join(args.masks, name + args.suffix)}.png is not '
+                f'there (--suffix: what masks have after the name)')
+    spare = len(there) - len(pictures)
+    if spare:
+        utils.log(f'{spare} masks have no picture: left out')
+    paths = [there[name + args.suffix] for name in pictures]
+    looks = list(in_processes(look, [(path, args.by_colour)
+                                     for path in paths], 'masks',
+                              len(paths)))
+    coloured = [path for path, (_, _, kind) in zip(paths, looks) if kind]
+    if coloured and len(coloured) < len(paths):
+        raise ValueError(f'{coloured[0]} is coloured, others are not; '
+                         f'--by-colour looks at the colours of all')
+    values = set().union(*(found for found, _, _ in looks))
+    if coloured:
+        classes, table = by_colour(values, named, args)
+    else:
+        classes, table = by_number(values, named, args)
+    pictures = {name: (path, size) for (name, path), (_, size, _)
+                in zip(pictures.items(), looks)}
+    return classes, pictures, {
+        name: (path, table, bool(coloured))
+        for name, path in zip(pictures, paths)}
+
+
+def by_number(values, named, args):
+    """Return (classes, {value: class}) of masks that hold these numbers."""
+    table = {value: value for value in values}
+    if args.white and values != {0, 255}:
+        raise ValueError(f'--white is for masks of 0 and 255 alone; these '
+                         f'hold {some(values)}')
+    if values <= {0, 255} and 255 in values and not args.white:
+        raise ValueError(f'the masks of {args.masks} hold 0 and 255 alone: '
+                         f'is 255 the object or void? Say --white object or '
+                         f'--white void')
+    if args.white == 'object':
+        table[255] = 1
+    used = set(table.values()) - {VOID}
+    n = len(named[0]) if named else len(used)
+    if not used <= set(range(n)):
+        raise ValueError(
+            f'the masks of {args.masks} hold {some(values)}, which are not '
+            f'the classes 0 to {n - 1}: number them so, or name each in '
+            f'a file for --classes' + (
+                '; with --by-colour by its colour' if max(used) > n else ''))
+    if n < 2:
+        raise ValueError(f'the masks of {args.masks} hold {some(values)}: '
+                         f'one class is nothing to learn')
+    return named or ([str(i) for i in range(n)],
+                     utils.voc_palette()[:n].tolist()), table
+
+
+def by_colour(values, named, args):
+    """Return (classes, {colour: class}) of coloured masks; the class of the
+    name void, if there is one, is void."""
+    if not named:
+        colours = some({f'{x >> 16} {x >> 8 & 255} {x & 255}'
+                        for x in values})
+        raise ValueError(f'the masks of {args.masks} are coloured ({colours}'
+                         f'): name each class in a file, a line "name r g b" '
+                         f'each, "void r g b" for void, and give it with '
+                         f'--classes')
+    kept = [i for i, name in enumerate(named[0]) if name != 'void']
+    classes = [[part[i] for i in kept] for part in named]
+    table = {packed(np.uint8(colour)).item():
+             kept.index(i) if i in kept else VOID
+             for i, colour in enumerate(named[1])}
+    if len(table) < len(named[1]):
+        raise ValueError(f'{args.classes} has a colour twice: a mask could '
+                         f'not tell these classes apart')
+    return classes, table
+
+
+def some(values):
+    """Return some values in words."""
+    shown = sorted(values)
+    return ', '.join(map(str, shown[:8])) + ', ...' * (len(shown) > 8)
+
+
+def packed(colours):
+    """Return colours (..., 3) uint8 as a number each."""
+    r, g, b = np.moveaxis(colours.astype(np.int32), -1, 0)
+    return r << 16 | g << 8 | b
+
+
+def read_mask(path, colour=False):
+    """Return (numbers (H, W), whether they are packed colours) of a mask; a
+    coloured mask's, or with colour any mask's, are. Raises ValueError."""
+    try:
+        with Image.open(path) as image:
+            if image.mode == 'LA':
+                image = image.getchannel(0)
+            if image.mode in ('RGB', 'RGBA', 'CMYK') or colour:
+                return packed(np.array(image.convert('RGB'))), True
+            mask = np.array(image).astype(np.int32)
+            if image.tile and image.tile[0][3] in ('L;2', 'L;4'):
+                mask //= 85 if image.tile[0][3] == 'L;2' else 17
+    except (OSError, ValueError, SyntaxError,
+            Image.DecompressionBombError) as error:
+        raise ValueError(f'{path} cannot be read as a mask ({error})'
+                         ) from None
+    return mask, False
+
+
+def look(path, colour):
+    """Return (values that a mask holds, its size (H, W), whether those are
+    packed colours)."""
+    mask, coloured = read_mask(path, colour)
+    return set(np.unique(mask).tolist()), mask.shape, coloured
+
+
+def own_label(path, source, table, colour, colours):
+    """Write a mask as a label, by {value or packed colour: class}."""
+    mask, _ = read_mask(source, colour)
+    known = np.array(sorted(table))
+    place = np.searchsorted(known, mask).clip(max=len(known) - 1)
+    wrong = mask[known[place] != mask]
+    if wrong.size:
+        value = int(wrong[0])
+        raise ValueError(f'{source} has the colour {value >> 16} '
+                         f'{value >> 8 & 255} {value & 255} in '
+                         f'{wrong.size} pixels, which --classes does not name')
+    label = np.array([table[value] for value in known.tolist()], np.uint8)
+    utils.save_label(label[place], path, colours)
+
+
+def own_picture(path, source, size):
+    """Write a picture, turned as its mask of size (H, W) is: a JPEG that
+    needs no turning as it is."""
+    try:
+        with Image.open(source) as image:
+            image.load()
+            stored = image.size[::-1] == size
+            upright = image.getexif().get(ORIENTATION, 1) == 1
+            turned = image if upright else ImageOps.exif_transpose(image)
+            if size not in (image.size[::-1], turned.size[::-1]):
+                raise ValueError(f'{image.size[0]} x {image.size[1]} pixels, '
+                                 f'its mask {size[1]} x {size[0]}')
+            if turned.size[::-1] != size:
+                turned = image
+            if image.mode[0] == 'I' or image.mode == 'F':
+                raise ValueError('more than 8 bits a pixel; save it with 8')
+            if turned is not image or image.format != 'JPEG' or (
+                    image.mode not in ('RGB', 'L')):
+                save_jpeg(turned, path)
+                return
+    except (OSError, ValueError, SyntaxError,
+            Image.DecompressionBombError) as error:
+        raise ValueError(f'{source} cannot be used ({error})') from None
+    with open(source, 'rb') as file:
+        write_bytes(path, file.read())
 
 
 # ------------------------------------------------- toy
@@ -456,7 +1101,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     names = parser.add_subparsers(metavar='NAME', required=True)
     option = {}                    # {name: the function that adds an option}
-    for run in (toy, voc):
+    for run in (toy, voc, coco, cityscapes, context, cocostuff, masks):
         name, about = run.__name__, run.__doc__.split('\n')[0]
         command = names.add_parser(name, help=about, description=about)
         command.set_defaults(run=run)
@@ -465,14 +1110,30 @@ def main(argv=None):
                      help='the folder to make (default: %(default)s)')
         if name in SOURCES:
             option[name]('--from', metavar='DIR', dest='source',
-                         help='the folder of the archives (default: they are '
-                              'downloaded)')
+                         help='the folder of the archives (default: '
+                              'downloads, beside the folder to make; what '
+                              'is not there is downloaded)')
     for key, default in (('seed', 0), ('train', 200), ('val', 40)):
         option['toy'](f'--{key}', metavar='N', type=int, default=default,
                       help='default: %(default)s')
     option['voc']('--sbd-first', action='store_true',
                   help='training images that SBD labels get its mask, not '
                        "VOC's: the variant of many papers; val keeps VOC's")
+    add = option['masks']
+    add('images', metavar='IMAGES', help='a folder of pictures')
+    add('masks', metavar='MASKS', help="a folder of masks, or COCO's JSON")
+    add('--classes', metavar='FILE',
+        help='a line a class, "name r g b", in the order of their numbers')
+    add('--by-colour', action='store_true',
+        help='palette and grey masks, too, by the colours of --classes')
+    add('--white', choices=('object', 'void'),
+        help='what 255 is in masks of 0 and 255 alone')
+    add('--suffix', default='', help='of masks: with _mask, a.jpg has '
+        'a_mask.png')
+    add('--val', metavar='SHARE', type=float, default=0.2,
+        help='the share of val (default: %(default)s)')
+    add('--seed', metavar='N', type=int, default=0,
+        help='of the split (default: %(default)s)')
     args = parser.parse_args(argv)
     args.run(args)
 

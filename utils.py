@@ -398,16 +398,18 @@ def git_hash():
 
 # ------------------------------------------------- files
 @contextlib.contextmanager
-def atomic(path):
+def atomic(path, flush=True):
     """Give a path to write to, which takes path's place when all went well.
 
-    Whatever happens meanwhile, path is the old file or the new one, whole.
+    Whatever happens meanwhile, path is the old file or the new one, whole;
+    without flush, which waits for the disk, a power cut may leave it empty.
     """
     part = f'{path}.tmp'        # one left by a kill is written over
     try:
         yield part
-        with open(part, 'rb') as file:
-            os.fsync(file.fileno())
+        if flush:
+            with open(part, 'rb') as file:
+                os.fsync(file.fileno())
         os.replace(part, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
@@ -467,7 +469,7 @@ def save_label(label, path, colours):
     """Write a label (H, W) uint8 as a palette PNG; colours [[r, g, b]]."""
     image = Image.fromarray(label)          # mode L, then read as indices
     image.putpalette(full_palette(colours).tobytes())
-    with atomic(path) as part:
+    with atomic(path, flush=False) as part:
         image.save(part, 'PNG')
 
 
@@ -495,7 +497,7 @@ def check_hash(path, expected):
 
 
 def download(url, path, expected):
-    """Fetch url to path, with a bar, and check its hash.
+    """Fetch url to path, with a bar, and check its hash, unless that is ''.
 
     A download that broke off goes on where it stopped (path + '.part'); a
     file with a wrong hash is removed. Raises OSError where nothing can be
@@ -510,7 +512,8 @@ def download(url, path, expected):
                       f'again to go on, or get the file by hand and put it '
                       f'at {path}') from None
     try:
-        check_hash(part, expected)
+        if expected:
+            check_hash(part, expected)
     except ValueError as error:
         os.remove(part)
         raise ValueError(f'{url}: {error}; it was removed') from None
@@ -601,6 +604,18 @@ def read_classes(root, n_classes):
     if not os.path.isfile(path):
         return ([str(i) for i in range(n_classes)],
                 voc_palette()[:n_classes].tolist())
+    names, colours = read_class_file(path)
+    if len(names) != n_classes:
+        raise ValueError(f'N_CLASSES={n_classes}, but {path} names '
+                         f'{len(names)} classes; set N_CLASSES={len(names)}')
+    return names, colours
+
+
+def read_class_file(path):
+    """Return the names and colours in a file of lines "name r g b", [str],
+    [[r, g, b]]. Raises FileNotFoundError, ValueError."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f'{path} is not there')
     with open(path) as file:
         rows = [line.split() for line in file if line.strip()]
     for row in rows:
@@ -608,9 +623,6 @@ def read_classes(root, n_classes):
                                    for x in row[-3:]):
             raise ValueError(f'{path}: the line {" ".join(row)!r} is not '
                              f'"name r g b" with colours of 0 to 255')
-    if len(rows) != n_classes:
-        raise ValueError(f'N_CLASSES={n_classes}, but {path} names '
-                         f'{len(rows)} classes; set N_CLASSES={len(rows)}')
     return ([' '.join(row[:-3]) for row in rows],
             [[int(x) for x in row[-3:]] for row in rows])
 
