@@ -201,6 +201,7 @@ class Segmentation(Dataset):
         self.crop, self.scales, self.seed = s.CROP_SIZE, s.SCALES, s.SEED
         self.fill = [round(255 * x) for x in s.MEAN]
         self.memory = None      # or (pixels of all items, starts, sizes)
+        self.counts = None      # or the pixels of each label value
         self.ids = read_ids(self.root, split)
         folders = ('JPEGImages', 'jpg'), (LABELS, 'png')
         for folder, end in folders[:1 + labelled]:
@@ -307,8 +308,15 @@ class Segmentation(Dataset):
                 f'the labels of {self.split} hold 0 and 255 alone, and 255 is '
                 f'void (IGNORE_LABEL): write the object as 1, or there is '
                 f'nothing to learn')
+        self.counts = total
         return total
 
+    def pixels(self):
+        """Return the number of pixels of each class, (n_classes,) int64;
+        reads the labels unless check() has."""
+        counts = self.check() if self.counts is None else self.counts
+        return np.where(np.arange(256) == self.ignore, 0, counts)[
+            :self.n_classes]
 
     def sizes(self):
         """Return [(H, W)] of all pictures, read from their headers."""
@@ -475,22 +483,43 @@ def normalise(image, device):
     return (image / 255 - mean) / std
 
 
+def sheet(data, colours, rows=4, epochs=3, most=256):
+    """Return augmented samples beside their labels, (H', W', 3) uint8, a row
+    a picture, and the classes that occur; cells of `most` pixels at most."""
+    table, seen = np.array(colours, np.uint8), set()
+    side = min(data.crop, most)
+
+    def cell(x, interpolation):
+        return cv2.resize(x, (side, side), interpolation=interpolation)
+
+    def pair(epoch, i):
+        image, label, _ = data[epoch, i]
+        seen.update(np.unique(label).tolist())
+        return np.hstack([
+            cell(image.permute(1, 2, 0).numpy(), cv2.INTER_AREA),
+            cell(table[label], cv2.INTER_NEAREST)])
+    return np.vstack([np.hstack([pair(epoch, i) for epoch in range(epochs)])
+                      for i in range(min(rows, len(data)))]), sorted(seen)
+
+
 def main():
+    import eval
     import utils
     settings.take(sys.argv[1:])
     data = Segmentation(settings.TRAIN_SPLIT, train=True)
     names, colours = utils.read_classes(data.root, data.n_classes)
-    counts = data.check()
+    data.check(lambda results: utils.progress(results, total=len(data),
+                                              desc='check', leave=False))
     table = utils.full_palette(colours)
-    rows = [np.hstack([np.hstack([image.permute(1, 2, 0), table[label]])
-                       for image, label, _ in (data[epoch, i]
-                                               for epoch in range(3))])
-            for i in range(min(4, len(data)))]
+    pictures, seen = sheet(data, table)
     path = os.path.join(settings.LOG_DIR, 'samples.png')
     os.makedirs(settings.LOG_DIR, exist_ok=True)
-    Image.fromarray(np.vstack(rows)).save(path)
+    Image.fromarray(np.vstack([pictures, eval.legend(
+        pictures.shape[1], [names[i] if i < len(names) else 'void'
+                            for i in seen], table[seen])])).save(path)
+    counts = data.pixels()
     for name, count in zip(names, counts):
-        print(f'{name:20} {100 * count / counts[:data.n_classes].sum():6.2f}%')
+        print(f'{name:20} {100 * count / counts.sum():6.2f}%')
     print(f'{len(data)} images; samples of three epochs are in {path}')
 
 

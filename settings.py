@@ -50,6 +50,11 @@ LR_MOM = 0.9                 # momentum of SGD
 LR_DECAY = 10                # the rate is set anew every so many steps
 POLY_POWER = 0.9             # rate = LR * (1 - step / ITER_MAX) ** POLY_POWER
 WEIGHT_DECAY = 1e-4          # of convolution weights; of nothing else
+LOSS = 'cross_entropy'       # or 'ohem', of an image's hard pixels alone
+OHEM_THRESHOLD = 0.7         # hard: the label's class is less probable, or
+OHEM_LEAST = 0.0625          # the pixel among the hardest, this share of all
+CLASS_WEIGHTS = ''           # of the classes in the loss: '1, 0.5, 2', 'auto'
+#                              (the rarer in TRAIN_SPLIT the more), '': equal
 FREEZE = ''                  # of the backbone: 'bn' (its statistics),
 #                              'backbone' (its weights as well), '': nothing
 AVERAGE = 0.0                # share kept by averaged weights a step; 0: none

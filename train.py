@@ -7,6 +7,7 @@ anew). Writes latest.pth, step_N.pth, best.pth and final.pth into MODEL_DIR;
 TensorBoard's events and log.csv into LOG_DIR. The recipe is the paper's, as
 the 2019 code ran it. Shapes: b images, n classes, H x W pixels.
 """
+import ast
 import contextlib
 import difflib
 import math
@@ -32,21 +33,86 @@ import utils
 WEIGHTS = 'models'           # where downloaded backbone weights are kept
 FREEZES = ('', 'bn', 'backbone')
 AMPS = ('auto', 'off', 'bf16', 'fp16')
+LOSSES = ('cross_entropy', 'ohem')
 LEAST = {1: 'BATCH_SIZE ACCUM ITER_MAX ITER_SAVE LR_DECAY CROP_SIZE STRIDE '
             'EM_CHANNELS EM_BASES',
          0: 'ITER_VAL NUM_WORKERS SEED'}
 
 
 # ------------------------------------------------- loss and optimizer
-def segmentation_loss(logits, label):
-    """Return the cross-entropy of logits (b, n, H, W) and label (b, H, W).
+def segmentation_loss(logits, label, weight=None):
+    """Return the cross-entropy of logits (b, n, H, W) and label (b, H, W);
+    weight: of the classes, (n,).
 
     Void pixels cost nothing but count: the mean is over all pixels, as in
     the 2019 code. (reduction='mean' has no deterministic kernel on CUDA.)
+    With LOSS=ohem it is over an image's hard pixels, then over the images.
     """
-    return F.cross_entropy(network.wide(logits), label.long(),
-                           ignore_index=settings.IGNORE_LABEL,
-                           reduction='none').mean()
+    label = label.long()
+    loss = F.cross_entropy(network.wide(logits), label, reduction='none',
+                           ignore_index=settings.IGNORE_LABEL)  # (b, H, W)
+    hard = hard_pixels(loss, label) if settings.LOSS == 'ohem' else None
+    if weight is not None:
+        loss = loss * weight[label.clamp(max=len(weight) - 1)]
+    if hard is None:
+        return loss.mean()
+    return ((loss * hard).flatten(1).sum(1)
+            / hard.flatten(1).sum(1).clamp(min=1)).mean()
+
+
+def hard_pixels(loss, label):
+    """Return which pixels are hard, (b, H, W) bool, by their cross-entropy:
+    the class of the label has a probability below OHEM_THRESHOLD, or the
+    pixel is among the OHEM_LEAST share of its image that is hardest.
+
+    Source: online hard example mining (Shrivastava et al., CVPR 2016), of
+    pixels as the field has it. Differs: by image, not by batch, so that the
+    loss does not depend on how a batch is split.
+    """
+    flat = loss.detach().flatten(1)                             # (b, H * W)
+    least = max(1, int(settings.OHEM_LEAST * flat.shape[1]))
+    bound = flat.topk(least).values[:, -1:].clamp(
+        max=-math.log(settings.OHEM_THRESHOLD))
+    hard = (flat >= bound).view(loss.shape)
+    return hard & (label != settings.IGNORE_LABEL)
+
+
+def given_weights():
+    """Return the numbers of CLASS_WEIGHTS, [float]; [] where it has none.
+    Raises ValueError."""
+    given, n = settings.CLASS_WEIGHTS, settings.N_CLASSES
+    if given in ('', 'auto'):
+        return []
+    try:
+        numbers = [float(x) for x in (ast.literal_eval(given) if isinstance(
+            given, str) else given)]
+    except (ValueError, SyntaxError, TypeError):
+        numbers = []
+    if len(numbers) != n or not 0 <= min(numbers) <= max(
+            numbers) < math.inf or not any(numbers):
+        raise ValueError(f'CLASS_WEIGHTS={given}: it is "", "auto", or '
+                         f'{n} numbers of at least 0 (N_CLASSES={n})')
+    return numbers
+
+
+def class_weights(data, device):
+    """Return the weights of the classes in the loss, (n,) on the device; None
+    for equal ones.
+
+    'auto': 1 / ln(1.02 + a class's share of the labelled pixels), scaled so
+    that a pixel weighs 1 on average. Source: Paszke et al., "ENet"
+    (arXiv 1606.02147), section 5.2.
+    """
+    weight = torch.tensor(given_weights())
+    if settings.CLASS_WEIGHTS == 'auto':
+        counts = utils.gather(None if utils.rank() else
+                              data.pixels().tolist())[0]
+        share = torch.tensor(counts, dtype=torch.float64) / sum(counts)
+        weight = 1 / torch.log(1.02 + share)
+        weight = (weight / (weight * share).sum()).float()
+        utils.log('CLASS_WEIGHTS=auto: ' + ' '.join(
+            f'{x:.3g}' for x in weight.tolist()))
+    return weight.to(device) if len(weight) else None
 
 
 def param_groups(net):
@@ -96,9 +162,9 @@ def together(model, last):
     return contextlib.nullcontext() if last or not many else model.no_sync()
 
 
-def gradients(model, batches, scaler, device):
+def gradients(model, batches, scaler, device, weight):
     """Add up the gradients of a step's parts; return (its loss, on the
-    device, the images' IDs)."""
+    device, the images' IDs). weight: of the classes."""
     loss, ids, amp = torch.zeros((), device=device), [], amp_dtype(device)
     for part in range(settings.ACCUM):
         image, label, names = next(batches)         # (b, 3, H, W), (b, H, W)
@@ -107,7 +173,7 @@ def gradients(model, batches, scaler, device):
         with together(model, part == settings.ACCUM - 1):
             with torch.autocast(device.type, amp, enabled=amp is not None):
                 logits = model(image)                       # (b, n, H, W)
-            share = segmentation_loss(logits, label) / settings.ACCUM
+            share = segmentation_loss(logits, label, weight) / settings.ACCUM
             scaler.scale(share).backward()
         loss, ids = loss + share.detach(), [*ids, *names]
     return loss, ids
@@ -143,7 +209,8 @@ def check_settings(processes=1):
                          f'each; change one of them (DEVICES)')
     if not s.SCALES or min(s.SCALES) <= 0:
         raise ValueError(f'SCALES={s.SCALES}: name at least one, all above 0')
-    for name, choices in (('FREEZE', FREEZES), ('AMP', AMPS)):
+    for name, choices in (('FREEZE', FREEZES), ('AMP', AMPS),
+                          ('LOSS', LOSSES)):
         if getattr(s, name) not in choices:
             raise ValueError(f'{name}={getattr(s, name)}: it can be '
                              f'{", ".join(map(repr, choices))}')
@@ -375,7 +442,7 @@ def main():
     start, best = resume(latest, run) if resumed else (0, 0.0)
     if average:
         average.n_averaged.fill_(start)
-    model = distributed(net)
+    model, weight = distributed(net), class_weights(train_set, device)
     loader = dataset.train_loader(train_set, start, utils.rank(),
                                   utils.world(), utils.progress)
     log = utils.Log(s.LOG_DIR, start)
@@ -394,7 +461,7 @@ def main():
     before, now = None, time.perf_counter()
     for step in range(start + 1, s.ITER_MAX + 1):
         rate = set_rate(optimizer, step)
-        loss, ids = gradients(model, batches, scaler, device)
+        loss, ids = gradients(model, batches, scaler, device, weight)
         told = utils.Told(loss, bool(stop))
         scaler.step(optimizer)
         scaler.update()

@@ -242,8 +242,8 @@ def test_a_loss_is_read_a_step_late_but_before_a_save(small, monkeypatch,
     vars(settings).update(ITER_MAX=6, ITER_SAVE=30)     # saves every 3 steps
     steps = []
 
-    def spoil(logits, label, loss=train.segmentation_loss):
-        steps.append(loss(logits, label) * (
+    def spoil(logits, label, weight, loss=train.segmentation_loss):
+        steps.append(loss(logits, label, weight) * (
             math.nan if len(steps) + 1 == step else 1))
         return steps[-1]
     monkeypatch.setattr(train, 'segmentation_loss', spoil)
@@ -294,7 +294,8 @@ def test_it_learns(small, monkeypatch, toy):
     with open(os.path.join(lists, 'few.txt'), 'w') as file:
         file.write('\n'.join(few))
     vars(settings).update(
-        TRAIN_SPLIT='few', VAL_SPLIT='few', CROP_SIZE=97, STRIDE=8,
+        TRAIN_SPLIT='few', VAL_SPLIT='few', ALLOW_OVERLAP=True,
+        CROP_SIZE=97, STRIDE=8,
         BATCH_SIZE=4, LR=0.01, ITER_MAX=90, SCALES=(1.0,), EM_CHANNELS=64,
         EM_BASES=16, DROPOUT=0.0)
     rows = go(monkeypatch)
