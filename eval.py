@@ -351,10 +351,7 @@ def load_network(path, device):
     The settings of the network are taken from it unless the command line
     gave them; what did not come from settings.py is logged.
     """
-    checkpoint = utils.load(path)
-    if not isinstance(checkpoint, dict) or 'net' not in checkpoint:
-        raise ValueError(f'{path} is no checkpoint of a network: it has no '
-                         f'"net". Backbone weights go into PRETRAINED')
+    checkpoint = utils.load_checkpoint(path)
     recorded = checkpoint.get('settings') or baselines.recognise(
         checkpoint['net'])
     for name, value in settings.given().items():

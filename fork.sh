@@ -17,7 +17,7 @@ esac
 here=$(pwd)
 to=$here/../$1
 mkdir -p "$to/models"
-for file in ./*.py ./*.sh ./*.txt ./*.md LICENSE .gitignore .ci classes \
+for file in ./*.py ./*.sh ./*.txt ./*.md LICENSE .gitignore .ci classes recipes \
     tests lists docs; do
     [ ! -e "$file" ] || cp -R -- "$file" "$to/"
 done

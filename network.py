@@ -508,6 +508,21 @@ def load_whole(net, state, name):
     net.load_state_dict(state, strict=False)    # BN's counters may be missing
 
 
+def load_fitting(net, state, name):
+    """Copy those of a network's weights that fit another by key and shape,
+    the whole backbone among them; return ([keys of the file that are left],
+    [keys of the net that stay as drawn]). Raises ValueError."""
+    own = net.state_dict()
+    check_keys(*({key: value for key, value in each.items()
+                  if key.startswith('extractor.')} for each in (own, state)),
+               name)
+    fits = {key: value for key, value in state.items()
+            if key in own and isinstance(value, torch.Tensor)
+            and own[key].shape == value.shape}
+    net.load_state_dict(fits, strict=False)
+    return [key for key in state if key not in fits], _lacking(own, fits)
+
+
 def check_keys(own, given, name, partial=False):
     """Raise ValueError unless the weights `given` are those that `own` has;
     with partial, some may be missing, but not all."""

@@ -9,7 +9,9 @@ nothing, so that two experiments are compared with `diff`.
 # ---------------------------------------------------------------- data
 DATA_ROOT = 'data/voc'       # folder in the VOC layout; see README, "Data"
 TRAIN_SPLIT = 'trainaug'     # a list in ImageSets/Segmentation
-VAL_SPLIT = 'val'            # the list to validate and score on
+VAL_SPLIT = 'val'            # the list to validate and score on; '': none
+ALLOW_OVERLAP = False        # True: these two may share images, as trainval
+#                              and val do
 N_CLASSES = 21               # classes, background included, void not
 IGNORE_LABEL = 255           # label value of void pixels: no loss, no score
 MEAN = (0.485, 0.456, 0.406)  # of R, G, B in 0..1, subtracted
@@ -30,6 +32,8 @@ BN_MOM = 3e-4                # share of the running statistics replaced a step
 PRETRAINED = 'auto'          # 'auto' (by N_LAYERS and STEM), a known name
 #                              (python network.py lists them), a file, '': none
 PRETRAINED_PARTIAL = False   # True: the file may lack layers; they are named
+INIT_FROM = ''               # a checkpoint whose weights to begin with, not
+#                              its schedule: all that fits, what not is named
 
 # ---------------------------------------------------------------- EMA unit
 EM_CHANNELS = 512            # c, channels of the unit: 512, 256

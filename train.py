@@ -218,6 +218,14 @@ def check_settings(processes=1):
         if not 0 <= getattr(s, name) < 1:
             raise ValueError(f'{name}={getattr(s, name)}: a share of 0 to '
                              f'below 1')
+    for name in ('OHEM_THRESHOLD', 'OHEM_LEAST'):
+        if not 0 < getattr(s, name) <= 1:
+            raise ValueError(f'{name}={getattr(s, name)}: above 0, up to 1')
+    given_weights()
+    if s.INIT_FROM and not os.path.isfile(s.INIT_FROM):
+        raise FileNotFoundError(f'INIT_FROM={s.INIT_FROM} is not there; name '
+                                f'a checkpoint, such as models/final.pth of '
+                                f'another run')
     if s.COMPILE and s.RECOMPUTE:
         raise ValueError('COMPILE=True and RECOMPUTE=True do not go together;'
                          ' a compiled backbone keeps less by itself')
@@ -249,8 +257,33 @@ def check_folders():
                           ) from None
 
 
+def check_apart(train_set, val_set):
+    """Raise ValueError where images are in both, unless ALLOW_OVERLAP."""
+    both = sorted({*train_set.ids} & {*val_set.ids})
+    if both and not settings.ALLOW_OVERLAP:
+        raise ValueError(f'{len(both)} images of {val_set.split} are in '
+                         f'{train_set.split} too, such as {both[0]}: their '
+                         f'score would say nothing. Set VAL_SPLIT= for no '
+                         f'validation, or ALLOW_OVERLAP=True')
+
+
+def load_start(net):
+    """Load the weights to begin with: INIT_FROM's, else the backbone that
+    PRETRAINED names, fetched if need be."""
+    if not settings.INIT_FROM:
+        load_pretrained(net)
+        return
+    path = settings.INIT_FROM
+    left, drawn = network.load_fitting(
+        net, utils.load_checkpoint(path)['net'], path)
+    for text, keys in (('not taken from it', left),
+                       ('not in it and so random', drawn)):
+        path += f'; {text}: {", ".join(keys)}' if keys else ''
+    utils.log(f'weights: {path}')
+
+
 def load_pretrained(net):
-    """Load the backbone weights that PRETRAINED names, fetched if need be."""
+    """Load the backbone weights that PRETRAINED names."""
     path = pretrained_file()
     if path is None:
         utils.log('backbone: random weights' + (
@@ -382,11 +415,11 @@ def resume(path, run):
 # ------------------------------------------------- the run
 def build(device, fresh):
     """Return (net, optimizer, averaged net or None), on the device; fresh:
-    start from the pretrained backbone."""
+    start from INIT_FROM or the pretrained backbone."""
     utils.seed(settings.SEED, settings.DETERMINISTIC)
     net = baselines.build_network()
     if fresh:
-        load_pretrained(net)
+        load_start(net)
     freeze(net)
     net.to(device, memory_format=layout(device))
     if utils.world() > 1:
@@ -426,6 +459,8 @@ def main():
     train_set = eval.open_split(s.TRAIN_SPLIT, True, checked)
     val_set = (eval.open_split(s.VAL_SPLIT, False, checked)
                if s.VAL_SPLIT else None)
+    if val_set:
+        check_apart(train_set, val_set)
     device = utils.join(devices)
     utils.log(f'device: {utils.describe_device(device)}, processes: '
               f'{utils.world()}')

@@ -453,6 +453,17 @@ def load(path):
                          f'({_first_line(error)}); fetch it again') from None
 
 
+def load_checkpoint(path):
+    """Read a checkpoint of a network: train.py's, or a published {'net':
+    ..., 'step': ...}. Raises as load does, and ValueError for others."""
+    checkpoint = load(path)
+    if not isinstance(checkpoint, dict) or not isinstance(
+            checkpoint.get('net'), dict):
+        raise ValueError(f'{path} is no checkpoint of a network: it has no '
+                         f'"net". Backbone weights go into PRETRAINED')
+    return checkpoint
+
+
 def _first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
