@@ -3,9 +3,10 @@
     python tests/bench.py [AREA ...] [--device cuda] [--rounds N]
                           [--checkpoint FILE] [KEY=VALUE ...]
 
-AREA is among loader, inference, training, memory, evaluation; all if none is
-named. What is compared runs in turn, round after round; a table has medians
-over the rounds, the middle half of them, and the median of the rounds' ratios.
+AREA is among loader, inference, training, memory, evaluation, conversion; all
+if none is named. What is compared runs in turn, round after round; a table has
+medians over the rounds, the middle half of them, and the median of the rounds'
+ratios.
 "Plain" is float32, eager, contiguous, as one would write it down. The loader
 reads VAL_SPLIT of DATA_ROOT if that is given, else generated photographs of
 500 x 375. With --checkpoint, inference also tells on how many pixels of that
@@ -13,11 +14,16 @@ split the fast ways agree with the plain one.
 """
 import argparse
 import importlib.util
+import io
+import json
 import os
 import platform
+import shutil
 import sys
 import tempfile
 import time
+import zipfile
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -33,6 +39,7 @@ import baselines    # noqa: E402
 import dataset      # noqa: E402
 import eval         # noqa: E402
 import network      # noqa: E402
+import prepare      # noqa: E402
 import settings     # noqa: E402
 import train        # noqa: E402
 import utils        # noqa: E402
@@ -335,7 +342,8 @@ def inference(bench):
 def limits(bench, work):
     for dtype in (torch.float32, torch.bfloat16):
         if dtype is torch.float32 or fast_bfloat16(bench.device):
-            print(f'limit, {str(dtype)[6:]}: {work / bench.peak(dtype)[0]:.4f} s '
+            print(f'limit, {str(dtype)[6:]}: '
+                  f'{work / bench.peak(dtype)[0]:.4f} s '
                   f'an image at the peak of convolutions')
     if not fast_bfloat16(bench.device):
         print('bfloat16: not run, this processor has neither AVX512-BF16 nor '
@@ -561,13 +569,110 @@ def score_val(bench):
                   f'{settings.INFERENCE}: {taken:.1f} s')
 
 
+# ------------------------------------------------- conversion
+def archives(folder, photograph):
+    """Write archives of the official structure, and masks of one's own;
+    return {words for prepare.py: the files that it shall make of them}."""
+    folder, jpeg = Path(folder), Path(photograph).read_bytes()
+    with Image.open(photograph) as image:
+        image, size = image.convert('RGB'), image.size[::-1]
+
+    def encoded(image, kind):
+        buffer = io.BytesIO()
+        image.save(buffer, kind)
+        return buffer.getvalue()
+
+    def zipped(name, members):
+        with zipfile.ZipFile(folder / name, 'w') as archive:
+            for member, data in members.items():
+                archive.writestr(member, data)
+
+    def regions(height, width, values):
+        """A mask of smooth regions."""
+        coarse = np.random.default_rng(0).random((9, 12), np.float32)
+        fine = cv2.resize(coarse, (width, height),
+                          interpolation=cv2.INTER_CUBIC)
+        return np.array(values, np.uint8)[
+            (fine.clip(0, 0.999) * len(values)).astype(int)]
+    city, wide = 'aachen_%06d_000019', image.resize((2048, 1024))
+    wide = np.array(wide) + np.random.default_rng(0).integers(
+        0, 8, (1024, 2048, 3), np.uint8)        # noise, as cameras have
+    wide = encoded(Image.fromarray(wide), 'PNG')
+    ids = encoded(Image.fromarray(regions(1024, 2048, range(34))), 'PNG')
+    zipped('leftImg8bit_trainvaltest.zip', {
+        f'leftImg8bit/train/aachen/{city % i}_leftImg8bit.png': wide
+        for i in range(24)})
+    zipped('gtFine_trainvaltest.zip', {
+        f'gtFine/train/aachen/{city % i}_gtFine_labelIds.png': ids
+        for i in range(24)})
+    corners = [[[x, y, x + 150, y + 9, x + 90, y + 120, x + 5, y + 80]]
+               for x in range(5, 300, 60) for y in range(5, 200, 50)]
+    zipped('train2017.zip', {f'train2017/{i:012}.jpg': jpeg
+                             for i in range(1500)})
+    zipped('val2017.zip', {})
+    zipped('annotations_trainval2017.zip', {
+        f'annotations/instances_{split}2017.json': json.dumps({
+            'images': [{'id': i, 'file_name': f'{i:012}.jpg', 'height':
+                        size[0], 'width': size[1]} for i in range(1500)],
+            'annotations': [{'image_id': i, 'category_id': 1 + j % 9,
+                             'iscrowd': 0, 'segmentation': where}
+                            for i in range(1500)
+                            for j, where in enumerate(corners)]})
+        for split in ('train', 'val')})
+    from scipy.io import savemat
+    buffer = io.BytesIO()
+    savemat(buffer, {'S': regions(*size, prepare.STUFF_IDS)})
+    stuff = [f'COCO_train2014_{i:012}' for i in range(600)]
+    zipped('cocostuff-10k-v1.1.zip', {
+        'imageLists/train.txt': '\n'.join(stuff), 'imageLists/test.txt': '',
+        **{f'images/{name}.jpg': jpeg for name in stuff},
+        **{f'annotations/{name}.mat': buffer.getvalue() for name in stuff}})
+    for kind, data in (('photos', jpeg), ('masks', encoded(
+            Image.fromarray(regions(*size, range(21))), 'PNG'))):
+        (folder / kind).mkdir()
+        for i in range(900):
+            end = 'jpg' if kind == 'photos' else 'png'
+            (folder / kind / f'{i}.{end}').write_bytes(data)
+    return {('cityscapes',): 48, ('coco',): 3000, ('cocostuff',): 1200,
+            ('masks', str(folder / 'photos'), str(folder / 'masks')): 1800}
+
+
+def conversion(bench):
+    """Time prepare.py beside itself in one process: the plain loop."""
+    several = prepare.in_processes
+
+    def plain(work, jobs, desc, total=None, done=None):
+        return (work(*job) for job in jobs)
+
+    with tempfile.TemporaryDirectory() as folder:
+        photograph = dataset.Segmentation(settings.VAL_SPLIT, False).path(
+            0, 'JPEGImages', 'jpg')
+        for words, files in archives(folder, photograph).items():
+            source = prepare.SOURCES.get(words[0], {})
+            source.update(unpacked=0, counts={}, archives=[
+                (url, '', 0) for url, *_ in source.get('archives', ())])
+            made = os.path.join(folder, 'made')
+
+            def convert(run):
+                prepare.in_processes = run
+                prepare.main([*words, '--to', made] + (
+                    ['--from', folder] if words[0] != 'masks' else []))
+                shutil.rmtree(made)
+            bench.race(f'prepare.py {words[0]}, {files} files; per file', {
+                'a plain loop': lambda: convert(plain),
+                f'in processes, {os.cpu_count()} cores':
+                    lambda: convert(several)}, per=files)
+    prepare.in_processes = several
+
+
 # ------------------------------------------------- all
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     areas = {f.__name__: f
-             for f in (loader, inference, training, memory, evaluation)}
+             for f in (loader, inference, training, memory, evaluation,
+                       conversion)}
     parser.add_argument('areas', nargs='*', metavar='AREA')
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--rounds', type=int, default=7)
