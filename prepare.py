@@ -181,7 +181,8 @@ def is_ready(root, name, options):
                          f'--to, or remove this one')
     if 'counts' not in stamp or missing(root, stamp['counts']):
         return False
-    utils.log(f'{root} is ready: {name}, {stamp["counts"]}')
+    utils.log(f'{root} is ready: {name}, {stamp["counts"]}; remove it to make '
+              f'it anew')
     return True
 
 
@@ -396,15 +397,23 @@ def result(future):
 def convert(work, jobs, desc):
     """Call work(path, *rest) for each job (path, *rest) whose path is not
     there yet, in several processes; work makes the file at path, or none.
+    Where rest begins with a path, one older than that file is made anew.
     Raises as in_processes does; the message names the path.
     """
-    for _ in in_processes(make, ((job[0], work, *job[1:]) for job in jobs),
-                          desc, len(jobs) if isinstance(jobs, list) else None,
-                          lambda job: file_bytes(job[0])):
+    for _ in in_processes(make, ((work, *job) for job in jobs), desc,
+                          len(jobs) if isinstance(jobs, list) else None,
+                          lambda job: is_made(*job[1:3])):
         pass
 
 
-def make(path, work, *rest):
+def is_made(path, source):
+    """Say whether a file is there, whole, and not older than its source."""
+    return file_bytes(path) and not (
+        isinstance(source, str)
+        and os.path.getmtime(source) > os.path.getmtime(path))
+
+
+def make(work, path, *rest):
     """Call work(path, *rest); name the path where that fails."""
     try:
         work(path, *rest)
@@ -729,10 +738,14 @@ def masks(args):
     classes 1, 2, ... over a background.
     """
     root, json_file = args.to, args.masks.endswith('.json')
+    named = utils.read_class_file(args.classes) if args.classes else None
     options = {key: getattr(args, key) for key in (
-        'classes', 'by_colour', 'white', 'suffix', 'val', 'seed')}
+        'by_colour', 'white', 'suffix', 'val', 'seed')}
     options.update({key: os.path.abspath(getattr(args, key))
-                    for key in ('images', 'masks')})
+                    for key in ('images', 'masks')},
+                   classes=named and [*named])
+    if json_file and os.path.isfile(args.masks):
+        options['sha256'] = utils.file_hash(args.masks)
     if not 0 < args.val < 1 or args.seed < 0:
         raise ValueError(f'--val {args.val} --seed {args.seed}: a share '
                          f'between 0 and 1, and a seed of 0 or more')
@@ -741,7 +754,6 @@ def masks(args):
                          'of masks, not for JSON')
     if is_ready(root, 'masks', options):
         return
-    named = utils.read_class_file(args.classes) if args.classes else None
     own = from_json if json_file else from_folder
     classes, pictures, labels = own(args, named)
     if len(labels) < 2:

@@ -435,7 +435,8 @@ def test_masks_of_colours(own, monkeypatch, capsys):
     line = told(own, '--classes', str(names), **here)
     assert 'the colour 200 0 0 in' in line and 'p 0.png' in line
     names.write_text('void 1 1 1\nground 10 20 30\nroof 200 0 0\n')
-    root = prepared(own, '--classes', str(names), '--to', str(own / 'new'))
+    assert 'or remove this one' in told(own, '--classes', str(names), **here)
+    prepared(own, '--classes', str(names), '--to', str(own / 'new'))
     root = own / 'new'
     for i in range(6):
         np.testing.assert_array_equal(label(root, f'p {i}'),
@@ -496,6 +497,9 @@ def test_what_cannot_be_used_is_named(own, what, monkeypatch, capsys):
     save_masks(own)
     part = spoil(own, what)
     assert part in told(own, monkeypatch=monkeypatch, capsys=capsys)
+    if what == 'size':                          # mended, it goes on
+        Image.fromarray(drawn(9)).save(own / 'masks' / 'p 5.png')
+        np.testing.assert_array_equal(label(prepared(own), 'p 5'), drawn(9))
 
 
 def test_words_that_contradict(own, monkeypatch, capsys):
