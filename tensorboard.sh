@@ -18,7 +18,11 @@ logs=$(mktemp -d)
 trap 'rm -rf "$logs"' EXIT
 trap 'exit 130' INT TERM
 link() {    # the log of the experiment in folder $1, under the folder's name
-    log=$(cd "$1" && "$python" -c 'import settings; print(settings.LOG_DIR)')
+    log=$(cd "$1" && "$python" -c 'import settings; print(settings.LOG_DIR)' \
+        2> /dev/null) || {      # another project's, or it is being edited
+        echo "tensorboard.sh: $1: its settings.py has no LOG_DIR" >&2
+        return 0
+    }
     path=$(cd "$1" && cd "$log" 2> /dev/null && pwd) || return 0
     ln -s "$path" "$logs/$(basename "$(cd "$1" && pwd)")"
 }

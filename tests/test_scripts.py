@@ -143,6 +143,8 @@ def test_your_own_head_in_20_lines(folder, toy):
 def test_tensorboard_shows_experiments_by_their_folders(folder, where, runs):
     from tensorboardX import SummaryWriter
     shutil.copytree(folder, folder.parent / 'other')
+    (folder.parent / 'site').mkdir()
+    (folder.parent / 'site' / 'settings.py').write_text('DEBUG = True')
     for name in ('EMANet101', 'other'):
         with SummaryWriter(str(folder.parent / name / 'logdir')) as board:
             board.add_scalar('loss', 1.0, 1)
