@@ -12,7 +12,8 @@ for name in latest best final 'step_[0-9]*'; do
     rm -f -- "$models"/$name.pth "$models"/$name.pth.tmp
 done
 rm -f -- \
-    "$log"/log.csv "$log"/eval.json "$log"/samples.png \
+    "$log"/log.csv "$log"/settings.json "$log"/eval.json \
+    "$log"/samples.png \
     "$log"/confusion.png "$log"/classes.png \
     "$log"/events.out.tfevents.*
 if [ -d "$log" ]; then

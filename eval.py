@@ -38,6 +38,9 @@ WHOLE = 2 ** 23              # pixels that EVAL_WINDOW=0 sees at once, at most:
 WINDOW = 513                 # side of the windows for larger ones
 BAND = 64                    # rows that windows' scores are finished at once
 SUMS = 2 ** 29               # scores of windows that are kept at once, 2 GB
+DRAWN = 4                    # images of a split that are drawn for the log
+SHOWN = 8                    # bases that are drawn
+PANEL = 256                  # longer side of a drawn map, pixels
 RESULTS = 'results.csv'
 COLUMNS = ('experiment', 'checkpoint', 'sha256', 'weights', 'step', 'data',
            'split', 'images', 'stride', 'scales', 'flip', 'window',
@@ -48,15 +51,18 @@ ARCHIVE = 'results.tgz'
 
 # ------------------------------------------------- pixels
 def logits(net, image):
-    """Return net's logits (b, n, H, W) of a normalised image (b, 3, H, W).
-
-    The image is padded on the right and at the bottom with 0, the mean
-    colour, to k * STRIDE + 1 pixels: with aligned corners any other size
-    would shift the prediction.
-    """
+    """Return net's logits (b, n, H, W) of a normalised image (b, 3, H, W),
+    which is padded for it."""
     height, width = image.shape[-2:]
-    down, right = (-(size - 1) % settings.STRIDE for size in (height, width))
-    return net(F.pad(image, (0, right, 0, down)))[..., :height, :width]
+    return net(padded(image))[..., :height, :width]
+
+
+def padded(image):
+    """Return a normalised image (b, 3, H, W) padded on the right and at the
+    bottom with 0, the mean colour, to k * STRIDE + 1 pixels: with aligned
+    corners any other size would shift the prediction."""
+    down, right = (-(size - 1) % settings.STRIDE for size in image.shape[-2:])
+    return F.pad(image, (0, right, 0, down))
 
 
 def scaled_size(size, scale):
@@ -64,7 +70,7 @@ def scaled_size(size, scale):
     return [max(1, round(side * scale)) for side in size]
 
 
-def _resize(x, size):
+def resize(x, size):
     if x.shape[-2:] == tuple(size):
         return x
     return F.interpolate(x, size, mode='bilinear', align_corners=False)
@@ -73,7 +79,7 @@ def _resize(x, size):
 # ------------------------------------------------- windows
 class Blend:
     """How pixels in a range of a resized side are made of the source's: from
-    those of start to stop, as _resize makes them."""
+    those of start to stop, as resize makes them."""
 
     def __init__(self, span, source, resized):
         place = (torch.arange(span.start, span.stop, dtype=torch.float64)
@@ -236,12 +242,12 @@ def infer(net, image, scales=(1.0,), flip=False):
             total[:, :, rows, columns] = prob
         return total
     for scale in scales:
-        scaled = image if scale == 1 else _resize(image,
-                                                  scaled_size(size, scale))
+        scaled = image if scale == 1 else resize(image,
+                                                 scaled_size(size, scale))
         prob = logits(net, scaled).softmax(1)               # (b, n, H', W')
         if flip:
             prob = prob + logits(net, scaled.flip(3)).softmax(1).flip(3)
-        total = total + _resize(prob, size)                 # (b, n, H, W)
+        total = total + resize(prob, size)                  # (b, n, H, W)
     return total / (len(scales) * (2 if flip else 1))
 
 
@@ -388,25 +394,94 @@ def open_split(split, train=False, checked=False):
 
 
 # ------------------------------------------------- drawing
-def overlay(image, pred, names, colours):
-    """Return a picture of a prediction, (H', W', 3) uint8: classes in their
-    colours over the image, outlined, and a legend of those that occur.
-
-    image: (H, W, 3) uint8 RGB; pred: (H, W) class indices. A small image is
-    drawn several times as large, for the legend's sake.
-    """
-    times = max(1, 320 // image.shape[1])
-    image, pred = (np.repeat(np.repeat(x, times, 0), times, 1)
-                   for x in (image, np.asarray(pred, np.uint8)))
+def painted(image, pred, colours):
+    """Return an image (H, W, 3) uint8 RGB with the classes of pred (H, W) in
+    their colours over it, outlined; black ones, as background is, let it
+    through."""
+    pred = np.asarray(pred, np.uint8)
     table = utils.full_palette(colours).astype(np.float32)
-    alpha = np.where(pred > 0, 0.55, 0.0)[..., None]            # (H, W, 1)
+    alpha = 0.55 * table.any(1)[pred][..., None]                # (H, W, 1)
     mixed = (1 - alpha) * image + alpha * table[pred]
     edge = cv2.morphologyEx(pred, cv2.MORPH_GRADIENT, np.ones((3, 3))) > 0
     mixed[edge] = 255
-    present = [i for i in np.unique(pred) if i < len(names)]
-    return np.vstack([mixed.astype(np.uint8),
+    return mixed.astype(np.uint8)
+
+
+def enlarged(x, width=320):
+    """Return a small picture or map (H, W, ...) several times as large, for
+    the sake of what is written beside it: nearly `width` wide."""
+    times = max(1, width // x.shape[1])
+    return np.repeat(np.repeat(x, times, 0), times, 1)
+
+
+def overlay(image, pred, names, colours, all_classes=False):
+    """Return a picture of a prediction, (H', W', 3) uint8: see painted and
+    enlarged, and a legend of the classes that occur, or of all.
+
+    image: (H, W, 3) uint8 RGB; pred: (H, W) class indices.
+    """
+    image, pred = enlarged(image), enlarged(np.asarray(pred, np.uint8))
+    present = [i for i in range(len(names)) if all_classes or i in pred]
+    return np.vstack([painted(image, pred, colours),
                       legend(image.shape[1], [names[i] for i in present],
                              [colours[i] for i in present])])
+
+
+def em_unit(net):
+    """Return a network's EMA unit; raise ValueError where it has none."""
+    unit = getattr(net, 'emau', None)
+    if not isinstance(unit, network.EMAU):
+        raise ValueError(f'attention maps are those of an EMA unit, and this '
+                         f'network has none to look into (HEAD='
+                         f'{settings.HEAD}, or an ONNX file)')
+    return unit
+
+
+@torch.no_grad()
+def attention(net, image):
+    """Return z of each EM iteration, (T, k, h, w), which sums to 1 over the k
+    bases, of a normalised image (1, 3, H, W), which is padded for it."""
+    unit = em_unit(net)
+    x = unit.conv1(net.fc0(net.extractor(padded(image))))       # (1, c, h, w)
+    return torch.stack([
+        z[0].t().reshape(-1, *x.shape[2:])
+        for z, _ in unit.em(x.flatten(2), unit.mu.to(x.dtype))])
+
+
+def on_pixels(maps, image):
+    """Return maps (b, c, h, w), as `attention` gives them of an image (1, 3,
+    H, W), on its pixels, (b, c, H, W)."""
+    height, width = image.shape[-2:]
+    return network.upsample(maps, padded(image).shape[-2:])[
+        ..., :height, :width]
+
+
+def heat(image, share):
+    """Return a map (H, W) of 0..1 over a grey and dark image (H, W, 3) uint8
+    RGB: from black over red to bright yellow, the hotter the more."""
+    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None]   # (H, W, 1)
+    level = (255 * np.clip(share, 0, 1)).astype(np.uint8)
+    colour = cv2.applyColorMap(level, cv2.COLORMAP_INFERNO)[..., ::-1]
+    return (0.3 * grey + 0.7 * colour).astype(np.uint8)
+
+
+def grid(panels, captions, columns):
+    """Return panels (H, W, 3) uint8 of one size, a caption under each, on a
+    white page, row by row."""
+    font, gap, line = ImageFont.load_default(14), 6, 22
+    height, width = panels[0].shape[:2]
+    across = max(width, *(int(font.getlength(text)) for text in captions))
+    rows = -(-len(panels) // columns)
+    page = Image.new('RGB', (gap + min(columns, len(panels)) * (across + gap),
+                             gap + rows * (height + line)), 'white')
+    draw = ImageDraw.Draw(page)
+    for i, (panel, text) in enumerate(zip(panels, captions)):
+        x = gap + i % columns * (across + gap)
+        y = gap + i // columns * (height + line)
+        page.paste(Image.fromarray(panel), (x + (across - width) // 2, y))
+        draw.text((x + across / 2, y + height + line / 2 - 1), text, 'black',
+                  font, 'mm')
+    return np.asarray(page)
 
 
 def legend(width, names, colours):
@@ -484,6 +559,99 @@ def draw_classes(classes, colours, mean):
                   '-' if iou is None else f'{100 * iou:.2f}', 'black', font,
                   'rm')
     return page
+
+
+# ------------------------------------------------- what a net sees
+def fitted(x):
+    """Return a picture or map (H, W, ...) at PANEL pixels along its longer
+    side."""
+    scale = PANEL / max(x.shape[:2])
+    size = [max(1, round(side * scale)) for side in x.shape[1::-1]]
+    return cv2.resize(x, size, interpolation=cv2.INTER_AREA if scale < 1
+                      else cv2.INTER_LINEAR)
+
+
+def look(net, image, device, bases):
+    """Return (bases, their shares of the picture, maps (T, bases, h, w)) of
+    what the EM bases attend to in a picture (H, W, 3) uint8; h x w as fitted.
+
+    bases: numbers, or () for `telling` ones. The picture is seen whole, at
+    the first of EVAL_SCALES, or smaller where it is huge.
+    """
+    x = torch.from_numpy(image).permute(2, 0, 1)[None]      # (1, 3, H, W)
+    scale = min(settings.EVAL_SCALES[0],
+                math.sqrt(WHOLE / math.prod(image.shape[:2])))
+    x = resize(dataset.normalise(x, device),
+               scaled_size(image.shape[:2], scale))
+    z = attention(net, x)                                   # (T, k, h, w)
+    rows, columns = ((side - 1) // settings.STRIDE + 1 for side in x.shape[2:])
+    last = z[-1, :, :rows, :columns].flatten(1)             # (k, n)
+    bases, shares = list(bases) or telling(last), last.mean(1)
+    maps = [[fitted(on_pixels(z[t, i][None, None], x)[0, 0].cpu().numpy())
+             for i in bases] for t in range(len(z))]
+    return bases, shares[bases].tolist(), np.array(maps)
+
+
+def telling(z):
+    """Return the numbers of SHOWN bases of z (k, n), each the one that is
+    most used and least like those before it: many bases may attend alike."""
+    alike = F.normalize(z, dim=1) @ F.normalize(z, dim=1).t()   # (k, k)
+    value, bases = z.mean(1), []                                # (k,)
+    for _ in range(min(SHOWN, len(z))):
+        bases.append(int(value.argmax()))
+        value = value.minimum(z.mean(1) * (1 - alike[bases[-1]]))
+        value[bases[-1]] = -1
+    return bases
+
+
+def draw_attention(image, bases, shares, maps):
+    """Return a page of a picture and, over it, the last iteration's maps (T,
+    bases, h, w), each as bright as its greatest value."""
+    panels, captions = [fitted(image)], ['the picture']
+    for i, share, z in zip(bases, shares, maps[-1]):
+        panels.append(heat(panels[0], z / z.max()))
+        captions.append(f'basis {i}: {share:.1%}, up to {z.max():.2f}')
+    return grid(panels, captions, 3)
+
+
+def draw_sample(image, label, pred, names, colours):
+    """Return a page (H', W', 3) uint8: an image (H, W, 3) uint8 RGB, its
+    label and a prediction (H, W) uint8 in the classes' colours, the error in
+    red with its share of the pixels that are not void, and a legend."""
+    void, table = settings.IGNORE_LABEL, utils.full_palette(colours)
+    counted, wrong = label != void, label != pred
+    share = (wrong & counted).sum() / max(1, counted.sum())
+    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None]   # (H, W, 1)
+    error = np.repeat(128 + grey // 2, 3, 2)                    # (H, W, 3)
+    error[wrong], error[~counted] = (220, 20, 20), table[void]
+    page = grid([fitted(panel) for panel in (image, table[label], table[pred],
+                                             error)],
+                ['image', 'label', 'prediction', f'error: {share:.1%}'], 4)
+    known = {**dict(enumerate(names)), void: 'void'}
+    present = [i for i in np.union1d(label, pred) if i in known]
+    return np.vstack([page, legend(page.shape[1], [known[i] for i in present],
+                                   table[present].tolist())])
+
+
+@torch.no_grad()
+def drawings(net, data, confusion):
+    """Yield (name, page (H, W, 3) uint8) of what a net sees, for the log: of
+    DRAWN images, evenly spaced in the split, what draw_sample and, of an EMA
+    unit, draw_attention show; the confusion matrix. The net is left in
+    evaluation mode."""
+    device, run = next(net.parameters()).device, prepared(net)
+    names, colours = utils.read_classes(data.root, data.n_classes)
+    for i in np.unique(np.linspace(0, len(data) - 1, DRAWN).astype(int)):
+        image, label = data.read(i)                 # (H, W, 3), (H, W)
+        x = torch.from_numpy(image).permute(2, 0, 1)[None]  # (1, 3, H, W)
+        pred = classify(run, dataset.normalise(x, device),
+                        settings.EVAL_SCALES, settings.EVAL_FLIP)
+        yield f'Val/{data.ids[i]}', draw_sample(
+            image, label, pred[0].cpu().numpy(), names, colours)
+        if network.ema_units(net):
+            yield f'Val_bases/{data.ids[i]}', draw_attention(
+                image, *look(net, image, device, ()))
+    yield 'Val_confusion', np.asarray(draw_confusion(confusion, names))
 
 
 # ------------------------------------------------- submission

@@ -261,7 +261,8 @@ class EMAU(nn.Module):
     all iterations are differentiated. momentum: share of the bases kept.
     accum (an attribute): how many forward passes make a step; all of them
     start from the same bases, which then move once, by the mean over all and
-    over all processes.
+    over all processes. figures (an attribute): what the unit did in training,
+    {name: number on the device}, see watch and move.
 
     As released, EM is outside the gradient, so none reaches conv1: it stays
     as it was drawn, which the authors confirm, and is frozen openly.
@@ -282,6 +283,7 @@ class EMAU(nn.Module):
         self.stages = stage_num, stage_num_eval or stage_num
         self.keep, self.norm, self.grad = keep, norm, grad
         self.momentum, self.accum, self.seen = momentum, 1, []
+        self.figures = {}
         mu = torch.randn(1, c, k) * math.sqrt(2 / k)            # (1, c, k)
         mu = mu / (1e-6 + mu.norm(dim=1, keepdim=True))
         if keep == 'learned':
@@ -304,8 +306,10 @@ class EMAU(nn.Module):
                 pass
             y = torch.bmm(mu, z.transpose(1, 2))                # (b, c, n)
         y = F.relu(y.view(x.shape).to(x.dtype))                 # (b, c, h, w)
-        if self.training and self.keep == 'moving_avg':
-            self.move(mu)
+        if self.training:
+            self.watch(z)
+            if self.keep == 'moving_avg':
+                self.move(mu)
         return F.relu(x + self.conv2(y))
 
     def em(self, x, mu):
@@ -335,9 +339,20 @@ class EMAU(nn.Module):
         return mu
 
     @torch.no_grad()
+    def watch(self, z):
+        """Note two entropies of z (b, n, k), as shares of the greatest, log k,
+        means over this pass's images: of an image's use of the bases (1: all
+        alike, 0: one alone) and of a position's (0: each has one base)."""
+        most = math.log(max(2, z.shape[2]))
+        for name, share in (('use', z.mean(1)), ('position', z)):
+            entropy = torch.special.entr(share).sum(-1).mean()
+            self.figures[f'entropy_of_{name}'] = entropy / most
+
+    @torch.no_grad()
     def move(self, mu):
         """Move the kept bases towards the mean of mu (b, c, k) over the
-        step's whole batch.
+        step's whole batch; note by what share of its length a basis moved,
+        the mean over bases.
 
         They are not normalised again, as in the 2019 code.
         """
@@ -349,7 +364,15 @@ class EMAU(nn.Module):
         if dist.is_initialized():
             dist.all_reduce(mean)
             mean /= dist.get_world_size()
+        way = (1 - self.momentum) * (mean - self.mu).norm(dim=1)   # (1, k)
+        self.figures['bases_moved'] = (way / self.mu.norm(dim=1)).mean()
         self.mu.mul_(self.momentum).add_(mean, alpha=1 - self.momentum)
+
+
+def ema_units(net):
+    """Return the EMA units of a net: one, or none where it has another head.
+    """
+    return [part for part in net.modules() if isinstance(part, EMAU)]
 
 
 def _no_autocast(x):

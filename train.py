@@ -4,8 +4,8 @@
 
 Goes on from MODEL_DIR/latest.pth where that is there (`sh clean.sh` starts
 anew). Writes latest.pth, step_N.pth, best.pth and final.pth into MODEL_DIR;
-TensorBoard's events and log.csv into LOG_DIR. The recipe is the paper's, as
-the 2019 code ran it. Shapes: b images, n classes, H x W pixels.
+TensorBoard's events, log.csv and settings.json into LOG_DIR. The recipe is the
+paper's, as the 2019 code ran it. Shapes: b images, n classes, H x W pixels.
 """
 import ast
 import contextlib
@@ -179,16 +179,28 @@ def gradients(model, batches, scaler, device, weight):
     return loss, ids
 
 
+def watch(net, loss, optimizer, scaler):
+    """Return the figures that a step is watched by, {name: number on the
+    device}: its loss, the norm of its gradient, what an EMA unit did."""
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.get_total_norm(
+        param.grad for param in net.parameters() if param.grad is not None)
+    return {'loss': loss, 'grad_norm': norm, **{
+        f'EM/{name}': number for unit in network.ema_units(net)
+        for name, number in unit.figures.items()}}
+
+
 def settle(step, ids, told, figures, log, bar):
-    """Wait for a step's loss, check it, write the step's figures; return
-    whether to stop. Raises RuntimeError, with the images, unless the loss is
-    finite."""
-    loss, stopping = told.read()
+    """Wait for what was told of a step, check its loss, write the step's
+    figures; return whether to stop. Raises RuntimeError, with the images,
+    unless the loss is finite."""
+    found, stopping = told.read()
+    loss = found['loss']
     if not math.isfinite(loss):
         raise RuntimeError(f'the loss is {loss} at step {step}, images '
                            f'{", ".join(ids)}; nothing was saved since the '
                            f'last latest.pth. Try a lower LR')
-    log.write(step, loss=loss, **figures)
+    log.write(step, **found, **figures)
     bar.set_postfix(loss=f'{loss:.3f}', lr=f'{figures["lr"]:.2e}',
                     images_s=f'{figures["images_per_s"]:.1f}', refresh=False)
     return stopping
@@ -258,8 +270,9 @@ def check_folders():
 
 
 def check_apart(train_set, val_set):
-    """Raise ValueError where images are in both, unless ALLOW_OVERLAP."""
-    both = sorted({*train_set.ids} & {*val_set.ids})
+    """Raise ValueError where images are in both, unless ALLOW_OVERLAP;
+    val_set: '' for none."""
+    both = sorted({*train_set.ids} & {*(val_set and val_set.ids)})
     if both and not settings.ALLOW_OVERLAP:
         raise ValueError(f'{len(both)} images of {val_set.split} are in '
                          f'{train_set.split} too, such as {both[0]}: their '
@@ -326,9 +339,8 @@ def freeze(net):
     parts a step has."""
     if settings.FREEZE == 'backbone':
         net.extractor.requires_grad_(False)
-    for module in net.modules():
-        if isinstance(module, network.EMAU):
-            module.accum = settings.ACCUM
+    for unit in network.ema_units(net):
+        unit.accum = settings.ACCUM
 
 
 def set_training(net):
@@ -435,16 +447,26 @@ def build(device, fresh):
     return net, optimizer, average
 
 
-def validate(nets, data, step, figures):
-    """Add the val mIoU of each net {figure's name: net} to the figures, and
-    say it; all processes share the images."""
-    for name, net in nets.items():
-        with torch.compiler.set_stance('force_eager'):  # sizes vary
-            confusion = eval.measure(net, data)
-        found = utils.scores(confusion, settings.EVAL_CLASSES)
-        figures[name] = found['mIoU']
-        utils.log(f'step {step}: {name.replace("_", " ")} '
-                  f'{100 * found["mIoU"]:.2f}')
+def validate(nets, data, step, figures, log):
+    """Add the val mIoU of each net {figure's name: net}, and IoU of each
+    class, to the figures, and say it; all processes share the images. Then
+    draw what the first net, which is put back into training mode, sees."""
+    classes, _ = utils.read_classes(data.root, data.n_classes)
+    confusions = []
+    with torch.compiler.set_stance('force_eager'):      # sizes vary
+        for name, net in nets.items():
+            confusions.append(eval.measure(net, data))
+            found = utils.scores(confusions[-1], settings.EVAL_CLASSES)
+            figures[name] = found['mIoU']
+            figures.update({
+                f'{name.replace("val_m", "")}/{class_name}': iou
+                for class_name, iou in zip(classes, found['IoU'])
+                if iou is not None})
+            utils.log(f'step {step}: {name.replace("_", " ")} '
+                      f'{100 * found["mIoU"]:.2f}')
+        net = nets['val_mIoU']
+        log.pictures(step, eval.drawings(net, data, confusions[0]))
+    set_training(net)
 
 
 def main():
@@ -457,10 +479,8 @@ def main():
     check_folders()
     checked = utils.spawned()       # by the process that started this one
     train_set = eval.open_split(s.TRAIN_SPLIT, True, checked)
-    val_set = (eval.open_split(s.VAL_SPLIT, False, checked)
-               if s.VAL_SPLIT else None)
-    if val_set:
-        check_apart(train_set, val_set)
+    val_set = s.VAL_SPLIT and eval.open_split(s.VAL_SPLIT, False, checked)
+    check_apart(train_set, val_set)
     device = utils.join(devices)
     utils.log(f'device: {utils.describe_device(device)}, processes: '
               f'{utils.world()}')
@@ -481,8 +501,7 @@ def main():
     loader = dataset.train_loader(train_set, start, utils.rank(),
                                   utils.world(), utils.progress)
     log = utils.Log(s.LOG_DIR, start)
-    log.text('settings', '\n'.join(
-        f'{name} = {value!r}' for name, value in s.as_dict().items()))
+    log.settings(s.as_dict())
 
     def keep(name, whole=False):
         state = checkpoint(run, step, best, whole)
@@ -497,7 +516,7 @@ def main():
     for step in range(start + 1, s.ITER_MAX + 1):
         rate = set_rate(optimizer, step)
         loss, ids = gradients(model, batches, scaler, device, weight)
-        told = utils.Told(loss, bool(stop))
+        told = utils.Told(watch(net, loss, optimizer, scaler), bool(stop))
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
@@ -506,15 +525,14 @@ def main():
 
         # the loss is read a step late, while the device computes
         stopping = before is not None and settle(*before, log, bar)
-        speed = s.BATCH_SIZE / (time.perf_counter() - now)
-        figures = {'lr': rate, 'images_per_s': speed}
+        figures = {'lr': rate, 'images_per_s': s.BATCH_SIZE / (
+            time.perf_counter() - now)}
         before = step, ids, told, figures
         bar.update()
 
         last, better = step == s.ITER_MAX, False
         if val_set and (last or s.ITER_VAL and step % s.ITER_VAL == 0):
-            validate(nets, val_set, step, figures)
-            set_training(net)
+            validate(nets, val_set, step, figures, log)
             better = figures['val_mIoU'] > best
             best = max(best, figures['val_mIoU'])
         often = last or step % max(1, s.ITER_SAVE // 10) == 0

@@ -12,6 +12,7 @@ import http.client
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import socket
@@ -221,29 +222,32 @@ def leave(status):
 
 
 class Told:
-    """A step's loss and whether to stop, on their way from the device: their
-    mean over all processes, copied to memory that a GPU writes to by itself.
-    Who reads them a step later has not kept it waiting."""
+    """A step's figures {name: number on the device} and whether to stop, on
+    their way from there: their mean over all processes, copied to memory that
+    a GPU writes to by itself. Who reads them a step later has not kept it
+    waiting."""
 
-    def __init__(self, loss, stop):
+    def __init__(self, figures, stop):
+        self.names, first = list(figures), next(iter(figures.values()))
         with torch.no_grad():
-            numbers = torch.stack([loss.float(), torch.full_like(
-                loss, stop, dtype=torch.float32)])
+            numbers = torch.stack([*map(torch.Tensor.float, figures.values()),
+                                   torch.full_like(first, stop,
+                                                   dtype=torch.float32)])
             if world() > 1:
                 dist.all_reduce(numbers)
                 numbers /= world()
-        self.numbers = torch.empty(2, pin_memory=numbers.is_cuda)
+        self.numbers = torch.empty(len(numbers), pin_memory=numbers.is_cuda)
         self.numbers.copy_(numbers, non_blocking=True)
         self.copied = torch.cuda.Event() if numbers.is_cuda else None
         if self.copied:
             self.copied.record()
 
     def read(self):
-        """Return (loss, whether any process was asked to stop)."""
+        """Return (figures, whether any process was asked to stop)."""
         if self.copied:
             self.copied.synchronize()
-        loss, stop = self.numbers.tolist()
-        return loss, stop > 0
+        *numbers, stop = self.numbers.tolist()
+        return dict(zip(self.names, numbers)), stop > 0
 
 
 def gather(value):
@@ -333,14 +337,15 @@ def progress(iterable=None, **words):
 
 
 class Log:
-    """The figures of a run: TensorBoard scalars, and lines of log.csv.
+    """What a run writes down: figures as TensorBoard's scalars and, those of
+    COLUMNS, as lines of log.csv; pictures; settings.
 
     Lines and events past step `start` are from a run that was cut off before
     its next checkpoint: they are taken out.
     """
 
-    COLUMNS = ('step', 'loss', 'lr', 'val_mIoU', 'val_mIoU_average',
-               'images_per_s')
+    COLUMNS = ('step', 'loss', 'lr', 'grad_norm', 'val_mIoU',
+               'val_mIoU_average', 'images_per_s')
 
     def __init__(self, folder, start=0):
         self.off = rank() > 0               # one process writes for all
@@ -348,19 +353,22 @@ class Log:
             return
         from tensorboardX import SummaryWriter
         os.makedirs(folder, exist_ok=True)
+        self.folder = folder
         path = os.path.join(folder, 'log.csv')
         kept = []
         if start and os.path.exists(path):
-            with open(path, newline='') as file:
-                kept = [row for row in list(csv.reader(file))[1:]
-                        if row and row[0].isdigit() and int(row[0]) <= start]
+            with open(path, newline='') as file:    # of any columns
+                kept = [[row.get(name) for name in self.COLUMNS]
+                        for row in csv.DictReader(file)
+                        if row['step'].isdigit() and int(row['step']) <= start]
         with atomic(path) as part, open(part, 'w', newline='') as file:
             csv.writer(file).writerows([self.COLUMNS, *kept])
         self.file = open(path, 'a', newline='')
         self.board = SummaryWriter(folder, purge_step=start + 1)
 
     def write(self, step, **figures):
-        """Add one step's figures, named as in COLUMNS; loss in full."""
+        """Add one step's figures; what COLUMNS does not name goes to
+        TensorBoard alone. The loss is written in full."""
         if self.off:
             return
         cells = [step] + [f'{figures[name]:.9g}' if name in figures else ''
@@ -368,17 +376,44 @@ class Log:
         csv.writer(self.file).writerow(cells)
         self.file.flush()
         for name, value in figures.items():
-            self.board.add_scalar(name, value, step)
+            group = 'Curves/' if name in self.COLUMNS else ''
+            self.board.add_scalar(tag(group + name), value, step)
 
-    def text(self, name, text):
-        """Add a text to TensorBoard, as a block."""
-        if not self.off:
-            self.board.add_text(name, '    ' + text.replace('\n', '\n    '))
+    def pictures(self, step, pictures):
+        """Show (name, (H, W, 3) uint8) pairs in TensorBoard. They are drawn
+        here: not at all in processes that write nothing."""
+        if self.off:
+            return
+        for name, picture in pictures:
+            self.board.add_image(tag(name), picture, step, dataformats='HWC')
+
+    def settings(self, values):
+        """Write the run's settings {name: value}: settings.json beside
+        log.csv, for eval.py --compare; in TensorBoard a text, and
+        hyper-parameters for its table of all experiments."""
+        if self.off:
+            return
+        save_json(values, os.path.join(self.folder, 'settings.json'))
+        self.board.add_text('settings', '\n'.join(
+            f'    {name} = {value!r}' for name, value in values.items()))
+        from tensorboardX.summary import hparams
+        # the other summaries would list the columns of this run's table;
+        # without, TensorBoard makes those of all runs, what differs first
+        _, begin, _ = hparams({
+            name: str(value) if isinstance(value, (list, tuple)) else value
+            for name, value in values.items()}, {})
+        self.board.file_writer.add_summary(begin)
 
     def close(self):
         if not self.off:
             self.file.close()
             self.board.close()
+
+
+def tag(name):
+    """Return a name as TensorBoard takes it, which says so where it has to
+    change one."""
+    return re.sub(r'[^-/\w.]', '_', name)
 
 
 def versions():

@@ -391,13 +391,15 @@ def our_step(net, optimizer, image, label, amp):
     """Return a step as train.py has it; the loss of the step before is read
     in this one."""
     device, before = image.device, []
+    scaler = torch.amp.GradScaler(device.type, enabled=False)
 
     def run():
         with torch.autocast(device.type, amp, enabled=amp is not None):
             logits = net(image)
         loss = train.segmentation_loss(logits, label)
         loss.backward()
-        before.append(utils.Told(loss.detach(), False))
+        before.append(utils.Told(train.watch(
+            net, loss.detach(), optimizer, scaler), False))
         optimizer.step()
         optimizer.zero_grad()
         return before.pop(0).read() if len(before) > 1 else None

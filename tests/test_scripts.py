@@ -67,7 +67,7 @@ def test_clean_removes_what_a_run_made_and_nothing_else(folder):
     gone = ['models/latest.pth', 'models/best.pth', 'models/final.pth',
             'models/step_20.pth', 'models/latest.pth.tmp',
             'logdir/log.csv', 'logdir/eval.json', 'logdir/confusion.png',
-            'logdir/classes.png',
+            'logdir/classes.png', 'logdir/settings.json',
             'logdir/events.out.tfevents.1.host']
     for name in kept + gone:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
