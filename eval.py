@@ -2,21 +2,30 @@
 
     python eval.py [CHECKPOINT] [KEY=VALUE ...]
     python eval.py --submit [CHECKPOINT] [KEY=VALUE ...]
+    python eval.py --compare DIR
 
 CHECKPOINT is models/final.pth if not named. The network is rebuilt from what
 the checkpoint recorded. Writes LOG_DIR/eval.json, confusion.png and
 classes.png beside it, and a line of results.csv. --submit writes the VOC test
-server's results.tgz instead, and needs no labels. Shapes: b images, n
-classes, H x W pixels.
+server's results.tgz instead, and needs no labels. --compare prints a table
+of the experiments in DIR's folders. Shapes: b images, n classes, H x W
+pixels.
 """
 import argparse
+import ast
+import collections
 import csv
 import fcntl
 import functools
+import glob
+import json
 import math
 import os
+import shutil
+import statistics
 import sys
 import tarfile
+import textwrap
 import time
 
 import cv2
@@ -756,6 +765,212 @@ def keep_result(scored, weights, result, seconds):
             for name, value in row.items()})
 
 
+# ------------------------------------------------- comparison of folders
+def compare(folder):
+    """Print a table of the experiments in a folder's folders: how far each
+    has come, and which settings it has that most have not.
+
+    Raises FileNotFoundError where there is none.
+    """
+    runs = find_runs(folder)
+    if not runs:
+        raise FileNotFoundError(f'{folder} holds no experiment: no folder in '
+                                f'it has a settings.py of ours or a log.csv; '
+                                f'name the folder around your experiments')
+    found = {name: progress_of(log) for name, (_, log) in runs.items()}
+    records = {name: record_of(*run) for name, run in runs.items()}
+    usual, own = differences({name: values for name, (values, _)
+                              in records.items()})
+    order = sorted(runs, key=lambda name: (
+        -found[name]['best'], found[name]['step'] is None, name))
+    print(table(('experiment', 'steps', 'best mIoU', 'at', 'images/s',
+                 'what differs'),
+                [(name, *cells(found[name], records[name][0]),
+                  ' '.join(own[name])) for name in order]))
+    if usual:
+        print(textwrap.fill('the others: ' + ' '.join(usual), _width(),
+                            break_long_words=False, break_on_hyphens=False,
+                            subsequent_indent='    '))
+    for name, (_, source) in records.items():
+        if source:
+            print(f'{name}: {source}')
+
+
+def find_runs(folder):
+    """Return {name: (folder of the experiment, of its log or None)}: of the
+    folder itself if it is one, else of those in it; of a folder of logs,
+    those. Logs are looked for in LOG_DIR and in folders in it, as
+    LOG_DIR=logdir/NAME on the command line makes them, whose settings are
+    not those of settings.py: None is their folder.
+    """
+    runs, folder = {}, os.path.abspath(folder)
+    inside = map(os.path.dirname, glob.glob(os.path.join(
+        glob.escape(folder), '*', '')))
+    for place in [folder] if _is_experiment(folder) else filter(
+            _is_experiment, sorted(inside)):
+        name = os.path.basename(place)
+        home = os.path.join(place, str(settings_in(place).get('LOG_DIR')))
+        for log in _logs(home) or [None]:
+            deeper = os.path.relpath(log, home) if log else '.'
+            runs[os.path.normpath(os.path.join(name, deeper))] = (
+                place if deeper == '.' else None), log
+    return runs or {os.path.relpath(log, os.path.dirname(folder)):
+                    (None, log) for log in _logs(folder)}
+
+
+def _is_experiment(folder):
+    return {'ITER_MAX', 'LOG_DIR'} <= set(settings_in(folder))
+
+
+def _logs(folder):
+    """Return the folders of log.csv files: itself, in it, and in those."""
+    return sorted(os.path.dirname(path) for depth in ('', '*', '*/*')
+                  for path in glob.glob(os.path.join(
+                      glob.escape(folder), depth, 'log.csv')))
+
+
+def settings_in(folder):
+    """Return {name: value} of a folder's settings.py, which is read and never
+    run: what is no literal is its text. {} where there is none, or none that
+    can be read."""
+    try:
+        with open(os.path.join(folder, 'settings.py'), 'rb') as file:
+            lines = ast.parse(file.read()).body
+    except (OSError, SyntaxError, ValueError):
+        return {}
+    found = {}
+    for line in lines:
+        name = getattr(line, 'targets', [None])[0]
+        if isinstance(name, ast.Name) and name.id[0] != '_':
+            try:
+                found[name.id] = ast.literal_eval(line.value)
+            except ValueError:
+                found[name.id] = ast.unparse(line.value)
+    return found
+
+
+def record_of(place, log):
+    """Return (settings of a run, '' or a note on where they are from): of
+    what the run wrote beside its log; without that, of its checkpoint; else
+    of settings.py, which may have been edited since."""
+    if log:
+        try:
+            with open(os.path.join(log, 'settings.json')) as file:
+                return dict(json.load(file)), ''
+        except (OSError, ValueError, TypeError):
+            pass
+    stated = settings_in(place) if place else {}
+    for name in ('final', 'latest') if log and stated else ():
+        try:
+            return utils.load(os.path.join(place, stated['MODEL_DIR'],
+                                           f'{name}.pth'))['settings'], ''
+        except (OSError, ValueError, TypeError, KeyError):
+            continue
+    return stated, 'settings as settings.py has them now' if (
+        log and stated) else ''
+
+
+def progress_of(log):
+    """Return dict(step, best: val mIoU or -1, at, speed: images/s or None) of
+    a run, by its log.csv; what is cut off or garbled there is passed over."""
+    found, speeds = {'step': None, 'best': -1.0, 'at': None}, []
+    for row in _rows(log) if log else ():
+        step = _number(row.get('step'))
+        if step is None:
+            continue
+        found['step'] = max(found['step'] or 0, int(step))
+        speeds.append(_number(row.get('images_per_s')))
+        for name in ('val_mIoU', 'val_mIoU_average'):
+            value = _number(row.get(name))
+            if value is not None and value > found['best']:
+                found.update(best=value, at=int(step))
+    speeds = [speed for speed in speeds if speed is not None]
+    return {**found, 'speed': statistics.median(speeds) if speeds else None}
+
+
+def _rows(log):
+    try:
+        with open(os.path.join(log, 'log.csv'), newline='',
+                  errors='replace') as file:
+            return list(csv.DictReader(file.read().replace('\0', '')
+                                       .splitlines()))
+    except (OSError, csv.Error):
+        return []
+
+
+def _number(text):
+    """Return the finite float that a cell holds, or None."""
+    try:
+        value = float(text)
+    except (TypeError, ValueError):
+        return None
+    return value if math.isfinite(value) else None
+
+
+def differences(records):
+    """Return what is usual of settings {name: {setting: value}} where they
+    differ, [KEY=VALUE], and {name: [KEY=VALUE] that are not so}.
+
+    Usual is what most have, of equally many the first's. Where a run writes
+    to is no difference.
+    """
+    known = {name: values for name, values in records.items() if values}
+    usual, own = [], {name: [] for name in records}
+    own.update({name: ['settings unknown'] for name in records
+                if name not in known})
+    for key in sorted(set().union(*known.values())
+                      - {'LOG_DIR', 'MODEL_DIR'}):
+        words = {name: _word(key, values) for name, values in known.items()}
+        most = collections.Counter(words.values()).most_common(1)[0][0]
+        if set(words.values()) != {most}:
+            usual.append(most)
+        for name, word in words.items():
+            if word != most:
+                own[name].append(word)
+    return usual, own
+
+
+def _word(key, values):
+    """Return a setting as the command line takes it; ?: the run's version
+    had no such setting."""
+    if key not in values:
+        return f'{key}=?'
+    value = values[key]
+    if isinstance(value, (list, tuple)):
+        value = ','.join(map(str, value)) or '[]'
+    return f'{key}={value}'
+
+
+def cells(found, values):
+    """Return a run's cells: steps, best mIoU in percent, its step, speed."""
+    step, last = found['step'], values.get('ITER_MAX', '?')
+    return ('not run' if step is None else f'{step} of {last}',
+            '-' if found['at'] is None else f'{100 * found["best"]:.2f}',
+            '-' if found['at'] is None else str(found['at']),
+            '-' if found['speed'] is None else f'{found["speed"]:.1f}')
+
+
+def table(head, rows):
+    """Return a Markdown table of strings that fits the terminal: the last
+    column goes on in further lines."""
+    widths = [max(map(len, column)) for column in zip(head, *rows)]
+    rest = max(30, _width() - sum(widths[:-1]) - 3 * len(head) - 1)
+    widths[-1] = min(widths[-1], rest)
+    lines = [head, ['-' * width for width in widths]]
+    for *first, last in rows:
+        parts = textwrap.wrap(last, rest, break_long_words=False,
+                              break_on_hyphens=False) or ['']
+        lines.append([*first, parts[0]])
+        lines += [[''] * len(first) + [part] for part in parts[1:]]
+    return '\n'.join('| ' + ' | '.join(
+        cell.ljust(width) for cell, width in zip(line, widths)) + ' |'
+        for line in lines)
+
+
+def _width():
+    return shutil.get_terminal_size((100, 24)).columns
+
+
 # ------------------------------------------------- report
 def shared_loader(net, data):
     """Return the loader of this process's share of a split's images."""
@@ -844,13 +1059,21 @@ def report(net, checkpoint, path, digest):
 
 def main():
     parser = argparse.ArgumentParser(
-        description=__doc__, usage='eval.py [--submit] [CHECKPOINT] '
-        '[KEY=VALUE ...]',
+        description=__doc__, usage='eval.py [--submit | --compare DIR] '
+        '[CHECKPOINT] [KEY=VALUE ...]',
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--submit', action='store_true',
                         help='write the VOC test server\'s archive')
+    parser.add_argument('--compare', metavar='DIR',
+                        help='print a table of the experiments in DIR')
     parser.add_argument('checkpoint', nargs='?', help=argparse.SUPPRESS)
     asked = parser.parse_args(settings.override(sys.argv[1:]))
+    if asked.compare is not None:
+        if asked.checkpoint or asked.submit or settings.given():
+            raise ValueError('--compare DIR goes alone: it takes no '
+                             'checkpoint and no settings')
+        compare(asked.compare)
+        return
     path = find_checkpoint(asked.checkpoint)
     device = utils.join(utils.pick_devices(settings.DEVICES))
     utils.log(f'device: {utils.describe_device(device)}, processes: '

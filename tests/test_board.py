@@ -1,4 +1,5 @@
-"""What is seen of a run: TensorBoard's figures and pictures.
+"""What is seen of a run, and of several side by side: TensorBoard's figures
+and pictures, eval.py --compare.
 
     python -m pytest tests/test_board.py
 """
@@ -6,6 +7,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import sys
 
 import cv2
@@ -23,6 +25,7 @@ import network
 import settings
 import train
 import utils
+from conftest import REPO, SMALL, refused, words
 
 
 def go(monkeypatch, *arguments):
@@ -44,6 +47,22 @@ def pictures(events, tag):
     return [cv2.imdecode(np.frombuffer(event.encoded_image_string, np.uint8),
                          cv2.IMREAD_COLOR)[..., ::-1]
             for event in events.Images(tag)]
+
+
+@pytest.fixture
+def experiments(small, tmp_path, monkeypatch):
+    """A folder of two sibling experiments, trained for 4 steps."""
+    around, root = tmp_path / 'around', settings.DATA_ROOT
+    before = settings.as_dict()
+    for name, changes in (('EMANet18', {}),
+                          ('EMANet18.t1', {'STAGE_NUM': 1, 'LR': 0.002})):
+        (around / name).mkdir(parents=True)
+        shutil.copy(os.path.join(REPO, 'settings.py'), around / name)
+        monkeypatch.chdir(around / name)
+        vars(settings).update(before)
+        go(monkeypatch, *words({'DATA_ROOT': root, 'ITER_VAL': 2, **changes}))
+        settings._given.clear()
+    return around
 
 
 # ------------------------------------------------- figures
@@ -197,3 +216,118 @@ def test_a_sample_is_drawn_in_the_classes_colours():
     key = page[290:].reshape(-1, 3).tolist()
     assert red in key and blue in key and void in key
     assert [0, 99, 0] not in key                # no dog
+
+
+# ------------------------------------------------- comparison
+def compared(capsys, folder):
+    """Return {experiment: cells} of the table, and what stands below it."""
+    capsys.readouterr()
+    eval.compare(str(folder))
+    lines = capsys.readouterr().out.splitlines()
+    rows, below = {}, [line for line in lines if line[0] != '|']
+    for line in lines[2:len(lines) - len(below)]:
+        *first, last = [cell.strip() for cell in line.strip('|').split('|')]
+        if first[0]:
+            name = first[0]
+            rows[name] = [*first[1:], last]
+        else:                                   # the last column goes on
+            rows[name][-1] += f' {last}'
+    return rows, ' '.join(below)
+
+
+def test_experiments_are_compared(experiments, capsys, monkeypatch):
+    """As a user does; command lines count, not what settings.py says."""
+    monkeypatch.setattr(sys, 'argv', ['eval.py', '--compare', '..'])
+    eval.main()
+    out = capsys.readouterr().out
+    assert '| EMANet18.t1 ' in out and 'LR=0.002 STAGE_NUM=1' in out
+    rows, below = compared(capsys, experiments)
+    assert list(rows) == sorted(rows, key=lambda name: -float(rows[name][1]))
+    for name, row in rows.items():
+        with open(experiments / name / 'logdir' / 'log.csv') as file:
+            log = list(csv.DictReader(file))
+        best = max((float(r['val_mIoU']), -int(r['step'])) for r in log
+                   if r['val_mIoU'])
+        assert row[:3] == ['4 of 4', f'{100 * best[0]:.2f}', str(-best[1])]
+        assert float(row[3]) == pytest.approx(np.median(
+            [float(r['images_per_s']) for r in log]), abs=0.06)
+    assert rows['EMANet18'][-1] == ''
+    assert rows['EMANet18.t1'][-1] == 'LR=0.002 STAGE_NUM=1'
+    assert below == 'the others: LR=0.009 STAGE_NUM=3'
+    os.remove(experiments / 'EMANet18.t1' / 'logdir' / 'settings.json')
+    again, _ = compared(capsys, experiments)    # the checkpoint knows it, too
+    assert again == rows
+
+
+def experiment(folder, lines=(), where='logdir', **changes):
+    """Make an experiment's folder by hand."""
+    folder.mkdir(exist_ok=True)
+    values = {**SMALL, 'LR': 0.01, 'SCALES': (0.5, 1.0), 'LOG_DIR': 'logdir',
+              'MODEL_DIR': 'models', **changes}
+    (folder / 'settings.py').write_text('"""A text."""\n' + ''.join(
+        f'{name} = {value!r}    # a comment\n'
+        for name, value in values.items()))
+    if lines:
+        (folder / where).mkdir(parents=True)
+        (folder / where / 'log.csv').write_bytes(b'\n'.join(lines))
+
+
+HEAD = b'step,loss,lr,grad_norm,val_mIoU,val_mIoU_average,images_per_s'
+
+
+def test_folders_of_every_state_are_compared(tmp_path, capsys, monkeypatch):
+    """Not run, half finished, cut off, garbled, of 2019, of other projects."""
+    experiment(tmp_path / 'a', [HEAD, b'1,2.0,0.01,9,,,4', b'2,1,0.01,9,0.25,'
+                                b'0.5,6', b'3,1,0.01,9,0.3,0.4,5'])
+    experiment(tmp_path / 'b', [HEAD, b'10,nan,0.01,,nan,,inf', b'11,0.\x00',
+                                b'\xff\xfe,"', b'1'], LR=0.02)
+    experiment(tmp_path / 'c', SCALES=(0.5,), DEVICES=[], NEW='x y')
+    experiment(tmp_path / 'd', [HEAD], where='logdir/seed 2')
+    (tmp_path / 'e').mkdir()
+    (tmp_path / 'e' / 'settings.py').write_text(
+        'import os\nos.mkdir("run")\nITER_MAX = 30000\nLOG_DIR = "./logdir"\n'
+        'MEAN = torch.Tensor([0.5])\nDEVICES = list(range(4))\n')
+    (tmp_path / 'site').mkdir()
+    (tmp_path / 'site' / 'settings.py').write_text('DEBUG = True')
+    (tmp_path / 'torn').mkdir()
+    (tmp_path / 'torn' / 'settings.py').write_text('ITER_MAX = (')
+    (tmp_path / 'data').mkdir()
+    monkeypatch.chdir(tmp_path)
+    rows, below = compared(capsys, '.')
+    assert list(rows) == ['a', 'b', 'c', 'd/seed 2', 'e']
+    assert rows['a'][:4] == ['3 of 4', '50.00', '2', '5.0']
+    assert rows['b'][:4] == ['11 of 4', '-', '-', '-']
+    assert rows['c'][0] == rows['e'][0] == 'not run'
+    assert rows['d/seed 2'] == ['not run', '-', '-', '-', 'settings unknown']
+    assert 'LR=0.02' in rows['b'][-1] and 'LR=' not in rows['a'][-1]
+    assert {'SCALES=0.5', 'DEVICES=[]', 'NEW=x', 'y'} <= set(
+        rows['c'][-1].split())
+    assert {'ITER_MAX=30000', 'SCALES=?', 'DEVICES=list(range(4))'} <= set(
+        rows['e'][-1].split())
+    assert 'SCALES=0.5,1.0' in below and 'LOG_DIR' not in below
+    assert 'a: settings as settings.py has them now' in below
+    assert not os.path.exists('run')
+    rows, _ = compared(capsys, 'a')             # one alone, no differences
+    assert rows['a'][-1] == ''
+    rows, _ = compared(capsys, 'd/logdir')      # a folder of logs
+    assert list(rows) == ['logdir/seed 2']
+
+
+def test_a_comparison_that_cannot_be_is_refused(tmp_path, monkeypatch,
+                                                capsys):
+    for told, *given in (('holds no experiment', '--compare', tmp_path),
+                         ('holds no experiment', '--compare', 'gone'),
+                         ('goes alone', '--compare', '..', 'LR=0.1'),
+                         ('goes alone', '--compare', '..', 'a.pth')):
+        status, line = refused(eval.main, *given, monkeypatch=monkeypatch,
+                               capsys=capsys)
+        assert status == 2 and told in line
+
+
+def test_a_table_fits_the_terminal(monkeypatch):
+    monkeypatch.setenv('COLUMNS', '60')
+    many = ' '.join(f'SETTING_{i}=value' for i in range(9))
+    lines = eval.table(('name', 'what differs'), [('a', many), ('b', 'x')])
+    lines = lines.splitlines()
+    assert len({len(line) for line in lines}) == 1 and len(lines[0]) <= 60
+    assert len(lines) > 5 and all(line.count('|') == 3 for line in lines)
