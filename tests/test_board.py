@@ -1,5 +1,5 @@
 """What is seen of a run, and of several side by side: TensorBoard's figures
-and pictures, eval.py --compare.
+and pictures, eval.py --compare, both in a browser where there is one.
 
     python -m pytest tests/test_board.py
 """
@@ -19,13 +19,14 @@ from tensorboard.backend.event_processing.event_accumulator import (
 from tensorboard.plugins.hparams import metadata
 
 import baselines
+import browser
 import dataset
 import eval
 import network
 import settings
 import train
 import utils
-from conftest import REPO, SMALL, refused, words
+from conftest import REPO, SMALL, refused, run, words
 
 
 def go(monkeypatch, *arguments):
@@ -331,3 +332,11 @@ def test_a_table_fits_the_terminal(monkeypatch):
     lines = lines.splitlines()
     assert len({len(line) for line in lines}) == 1 and len(lines[0]) <= 60
     assert len(lines) > 5 and all(line.count('|') == 3 for line in lines)
+
+
+# ------------------------------------------------- a browser
+@pytest.mark.skipif(not browser.find_browser(), reason='no Chromium')
+def test_tensorboard_in_a_browser(experiments):
+    done = run('tests/browser.py', experiments, cwd=experiments)
+    assert done.returncode == 0, done.stderr
+    assert 'TensorBoard shows EMANet18, EMANet18.t1' in done.stdout
