@@ -658,9 +658,9 @@ def drawings(net, data, confusion):
         yield f'Val/{data.ids[i]}', draw_sample(
             image, label, pred[0].cpu().numpy(), names, colours)
         if network.ema_units(net):
-            yield f'Val_bases/{data.ids[i]}', draw_attention(
+            yield f'ValBases/{data.ids[i]}', draw_attention(
                 image, *look(net, image, device, ()))
-    yield 'Val_confusion', np.asarray(draw_confusion(confusion, names))
+    yield 'ValConfusion', np.asarray(draw_confusion(confusion, names))
 
 
 # ------------------------------------------------- submission

@@ -114,7 +114,7 @@ def test_a_head_without_the_unit_has_no_such_figures(small, monkeypatch):
     tags = board('logdir').Tags()
     assert not any('EM/' in tag for tag in tags['scalars'])
     assert {tag.split('/')[0] for tag in tags['images']} == {
-        'Val', 'Val_confusion'}
+        'Val', 'ValConfusion'}
 
 
 def test_a_log_of_another_versions_columns_goes_on(tmp_path):
@@ -152,9 +152,9 @@ def test_what_tensorboard_is_told_of_a_run(small, monkeypatch):
         assert events.Scalars(f'IoU/{name}')[-1].value == pytest.approx(want)
     assert 'IoU_average/disc' in tags['scalars']
 
-    drawn = {f'{kind}/{data.ids[i]}' for kind in ('Val', 'Val_bases')
+    drawn = {f'{kind}/{data.ids[i]}' for kind in ('Val', 'ValBases')
              for i in (0, 1, 2, 4)}             # 4 of 5, evenly
-    assert set(tags['images']) == drawn | {'Val_confusion'}
+    assert set(tags['images']) == drawn | {'ValConfusion'}
     for tag in tags['images']:
         assert [event.step for event in events.Images(tag)] == [2, 4]
     with open('logdir/settings.json') as file:
