@@ -230,13 +230,13 @@ def missing(root, splits):
     """Return the paths that are not there, or empty, as a power cut leaves
     them: lists, and what they name."""
     lists = [os.path.join(root, LISTS, split + '.txt') for split in splits]
-    paths, names = set(lists), set()
+    lost, names = [path for path in lists if not os.path.exists(path)], set()
     for path in filter(os.path.exists, lists):
         with open(path) as file:
             names.update(file.read().splitlines())
-    for where in (image_path, label_path):
-        paths.update(where(root, name) for name in names)
-    return sorted(path for path in paths if not file_bytes(path))
+    return sorted(lost + [where(root, name) for name in names
+                          for where in (image_path, label_path)
+                          if not file_bytes(where(root, name))])
 
 
 # ------------------------------------------------- archives
@@ -394,13 +394,13 @@ def result(future):
         raise kind(str(error)) from error
 
 
-def convert(work, jobs, desc):
-    """Call work(path, *rest) for each job (path, *rest) whose path is not
-    there yet, in several processes; work makes the file at path, or none.
+def convert(jobs, desc):
+    """Call work(path, *rest) for each job (work, path, *rest) whose path is
+    not there yet, in several processes; work makes the file at path, or none.
     Where rest begins with a path, one older than that file is made anew.
     Raises as in_processes does; the message names the path.
     """
-    for _ in in_processes(make, ((work, *job) for job in jobs), desc,
+    for _ in in_processes(make, jobs, desc,
                           len(jobs) if isinstance(jobs, list) else None,
                           lambda job: is_made(*job[1:3])):
         pass
@@ -491,16 +491,16 @@ def voc(args):
     for _, split, data in members(voc_tar, {'list': VOC_FILES['list']}):
         lists[split].update(data.decode().split())
     own = lists['val' if args.sbd_first else 'trainval']
-    convert(sbd_label, sbd_jobs(sbd_tgz, root, own, lists['trainaug']), 'SBD')
+    convert(sbd_jobs(sbd_tgz, root, own, lists['trainaug']), 'SBD')
     lists['trainaug'] |= lists['train']
     lists['trainaug'] -= lists['val']
     check_lists('voc', lists)
-    convert(write_bytes, voc_jobs(voc_tar, root, lists), 'VOC')
+    convert(voc_jobs(voc_tar, root, lists), 'VOC')
     finish(root, 'voc', options, lists)
 
 
 def sbd_jobs(archive, root, own, listed):
-    """Yield the jobs of sbd_label, and add SBD's lists to the set listed.
+    """Yield the jobs of SBD's labels, and add its lists to the set listed.
 
     own: the IDs that have VOC's mask instead.
     """
@@ -509,7 +509,7 @@ def sbd_jobs(archive, root, own, listed):
         if kind == 'list':
             listed.update(data.decode().split())
         elif name not in own:
-            yield label_path(root, name), data, colours
+            yield sbd_label, label_path(root, name), data, colours
 
 
 def sbd_label(path, data, colours):
@@ -520,14 +520,14 @@ def sbd_label(path, data, colours):
 
 
 def voc_jobs(archive, root, lists):
-    """Yield the jobs of write_bytes: the images of the lists, and VOC's masks
-    (convert leaves those alone that SBD has given)."""
+    """Yield the jobs of the lists' images, and of VOC's masks (convert leaves
+    those alone that SBD has given)."""
     wanted = lists['trainaug'] | lists['val']       # all of train, trainval
     for kind, name, data in members(archive, VOC_FILES):
         if kind == 'image' and name in wanted:
-            yield image_path(root, name), data
+            yield write_bytes, image_path(root, name), data
         if kind == 'label' and name in lists['trainval']:
-            yield label_path(root, name), data
+            yield write_bytes, label_path(root, name), data
 
 
 # ------------------------------------------------- COCO's polygons and RLE
@@ -610,13 +610,13 @@ def coco(args):
                         classes, files[split])
         found = {file[:-4]: parts for file, parts in found.items()
                  if file[:-4] in there and parts[1]}
-        convert(paint, [(label_path(root, name), *parts, palette('voc'),
-                         COCO_LEAST) for name, parts in found.items()],
+        convert([(paint, label_path(root, name), *parts, palette('voc'),
+                  COCO_LEAST) for name, parts in found.items()],
                 f'{split}, labels')
         lists[split] = [name for name in found
                         if os.path.exists(label_path(root, name))]
-        convert(copy, [(image_path(root, name), archive, there[name])
-                       for name in lists[split]], f'{split}, images')
+        convert([(copy, image_path(root, name), archive, there[name])
+                 for name in lists[split]], f'{split}, images')
     finish(root, 'coco', {}, lists)
 
 
@@ -644,13 +644,12 @@ def context(args):
     check_counts('context', lists)
     begin(root, 'context', {})
     classes = {ID: i for i, ID in enumerate(CONTEXT_IDS) if i}
-    convert(paint, [(label_path(root, file[:-4]), *parts, palette('context'))
-                    for file, parts in objects(data, classes, notes).items()
-                    if re.fullmatch(VOC_ID + r'\.jpg', file)], 'labels')
+    convert([(paint, label_path(root, file[:-4]), *parts, palette('context'))
+             for file, parts in objects(data, classes, notes).items()
+             if re.fullmatch(VOC_ID + r'\.jpg', file)], 'labels')
     wanted = {*lists['train'], *lists['val']}
-    convert(write_bytes, ((image_path(root, name), data) for _, name, data
-                          in members(archive, CONTEXT_FILES)
-                          if name in wanted), 'images')
+    convert(((write_bytes, image_path(root, name), data) for _, name, data
+             in members(archive, CONTEXT_FILES) if name in wanted), 'images')
     finish(root, 'context', {}, lists)
 
 
@@ -671,11 +670,9 @@ def cocostuff(args):
     check_counts('cocostuff', lists)
     begin(root, 'cocostuff', {})
     wanted, colours = {*lists['train'], *lists['test']}, palette('cocostuff')
-    convert(copy, [(image_path(root, ID), archive, name) for kind, ID, name
-                   in found if kind == 'image' and ID in wanted], 'images')
-    convert(stuff_label, [(label_path(root, ID), archive, name, colours)
-                          for kind, ID, name in found
-                          if kind == 'label' and ID in wanted], 'labels')
+    convert([(copy, image_path(root, ID), archive, name) if kind == 'image'
+             else (stuff_label, label_path(root, ID), archive, name, colours)
+             for kind, ID, name in found if ID in wanted], 'convert')
     finish(root, 'cocostuff', {}, lists)
 
 
@@ -701,12 +698,12 @@ def cityscapes(args):
         lists[split].append(ID)
     check_counts('cityscapes', lists)
     begin(root, 'cityscapes', {})
-    convert(city_image, [(image_path(root, ID), pictures, name)
-                         for _, ID, name in zipped(pictures, {
-                             'image': CITY_FILES['image']})], 'images')
-    convert(city_label, [(label_path(root, ID), masks, name,
-                          palette('cityscapes'))
-                         for _, _, ID, name in labels], 'labels')
+    colours = palette('cityscapes')
+    convert([(city_image, image_path(root, ID), pictures, name)
+             for _, ID, name in zipped(pictures, {
+                 'image': CITY_FILES['image']})]
+            + [(city_label, label_path(root, ID), masks, name, colours)
+               for _, _, ID, name in labels], 'convert')
     finish(root, 'cityscapes', {}, lists)
 
 
@@ -760,11 +757,11 @@ def masks(args):
         raise ValueError(f'{args.images} has {len(labels)} pictures with a '
                          f'mask; a split into train and val needs 2')
     begin(root, 'masks', options, classes)
-    convert(paint if json_file else own_label,
-            [(label_path(root, name), *label, classes[1])
-             for name, label in labels.items()], 'labels')
-    convert(own_picture, [(image_path(root, name), *pictures[name])
-                          for name in labels], 'images')
+    write = paint if json_file else own_label
+    convert([(write, label_path(root, name), *label, classes[1])
+             for name, label in labels.items()]
+            + [(own_picture, image_path(root, name), *pictures[name])
+               for name in labels], 'convert')
     names = np.random.default_rng(args.seed).permutation(sorted(labels))
     val = min(max(1, round(args.val * len(names))), len(names) - 1)
     finish(root, 'masks', options, {'train': names[val:].tolist(),
@@ -938,7 +935,8 @@ def read_mask(path, colour=False):
                 image = image.getchannel(0)
             if image.mode in ('RGB', 'RGBA', 'CMYK') or colour:
                 return packed(np.array(image.convert('RGB'))), True
-            mask = np.array(image).astype(np.int32)
+            mask = np.array(image)
+            mask = mask.astype(np.uint8) if mask.dtype == bool else mask
             if image.tile and image.tile[0][3] in ('L;2', 'L;4'):
                 mask //= 85 if image.tile[0][3] == 'L;2' else 17
     except (OSError, ValueError, SyntaxError,

@@ -603,10 +603,10 @@ def archives(folder, photograph):
     ids = encoded(Image.fromarray(regions(1024, 2048, range(34))), 'PNG')
     zipped('leftImg8bit_trainvaltest.zip', {
         f'leftImg8bit/train/aachen/{city % i}_leftImg8bit.png': wide
-        for i in range(24)})
+        for i in range(60)})
     zipped('gtFine_trainvaltest.zip', {
         f'gtFine/train/aachen/{city % i}_gtFine_labelIds.png': ids
-        for i in range(24)})
+        for i in range(60)})
     corners = [[[x, y, x + 150, y + 9, x + 90, y + 120, x + 5, y + 80]]
                for x in range(5, 300, 60) for y in range(5, 200, 50)]
     zipped('train2017.zip', {f'train2017/{i:012}.jpg': jpeg
@@ -635,7 +635,7 @@ def archives(folder, photograph):
         for i in range(900):
             end = 'jpg' if kind == 'photos' else 'png'
             (folder / kind / f'{i}.{end}').write_bytes(data)
-    return {('cityscapes',): 48, ('coco',): 3000, ('cocostuff',): 1200,
+    return {('cityscapes',): 120, ('coco',): 3000, ('cocostuff',): 1200,
             ('masks', str(folder / 'photos'), str(folder / 'masks')): 1800}
 
 
