@@ -80,6 +80,7 @@ def scaled_size(size, scale):
 
 
 def resize(x, size):
+    """Return x (b, c, h, w) at another size, on the half-pixel grid."""
     if x.shape[-2:] == tuple(size):
         return x
     return F.interpolate(x, size, mode='bilinear', align_corners=False)
@@ -241,18 +242,35 @@ def infer(net, image, scales=(1.0,), flip=False):
     image: normalised, float (b, 3, H, W). A scaled image is resized, and its
     probabilities resized back, on the half-pixel grid of the training data.
     """
-    size, total = image.shape[-2:], 0
-    side = window_side(size, scales)
+    size, total = image.shape[-2:], None
+    if not window_side(size, scales):
+        return _whole(net, image, scales, flip)
+    for rows, columns, prob in parts(net, image, scales, flip):
+        if total is None:
+            total = prob.new_empty(*prob.shape[:2], *size)
+        total[:, :, rows, columns] = prob
+    return total
+
+
+def parts(net, image, scales=(1.0,), flip=False):
+    """Yield (rows, columns, infer's class probabilities (b, n, h, w)) of the
+    parts that make up an image: the whole, or what windows finish at once.
+
+    Where the parts are written away, the memory does not grow with the image.
+    """
+    side = window_side(image.shape[-2:], scales)
     if side:
-        for rows, columns, prob in through_windows(net, image, scales, flip,
-                                                   side):
-            if not torch.is_tensor(total):
-                total = prob.new_empty(*prob.shape[:2], *size)
-            total[:, :, rows, columns] = prob
-        return total
+        yield from through_windows(net, image, scales, flip, side)
+    else:
+        yield slice(None), slice(None), _whole(net, image, scales, flip)
+
+
+def _whole(net, image, scales, flip):
+    """Return infer's result for an image that is seen whole."""
+    size, total = image.shape[-2:], 0
     for scale in scales:
-        scaled = image if scale == 1 else resize(image,
-                                                 scaled_size(size, scale))
+        scaled = image if scale == 1 else resize(
+            image, scaled_size(size, scale))
         prob = logits(net, scaled).softmax(1)               # (b, n, H', W')
         if flip:
             prob = prob + logits(net, scaled.flip(3)).softmax(1).flip(3)
@@ -277,7 +295,7 @@ def classify(net, image, scales=(1.0,), flip=False):
         return pred
     if tuple(scales) == (1.0,) and not flip:
         return likeliest(logits(net, image))
-    return likeliest(infer(net, image, scales, flip))
+    return likeliest(_whole(net, image, scales, flip))
 
 
 def likeliest(score):
@@ -312,11 +330,21 @@ def prepared(net):
     return in_bfloat16
 
 
+def device_of(net):
+    """Return the device that a network takes images on."""
+    return next((p.device for p in net.parameters()), torch.device('cpu'))
+
+
+def batch_size(device):
+    """Return how many images of one size are seen at once."""
+    return settings.EVAL_BATCH or (8 if device.type == 'cuda' else 1)
+
+
 @torch.no_grad()
 def predictions(net, loader, scales, flip):
     """Yield (classes (b, H, W) uint8, label, IDs) of a loader's images, on
     the net's device; the net is left in evaluation mode."""
-    device, run = next(net.parameters()).device, prepared(net)
+    device, run = device_of(net), prepared(net)
     dataset.keep_memory()
     bar = utils.progress(total=len(loader.dataset), desc='evaluate',
                          unit='image', leave=False)
@@ -331,8 +359,7 @@ def evaluate(net, loader, scales=(1.0,), flip=False):
     """Return the confusion matrix (n, n) int64, rows label, of the images
     of all processes' loaders; the net is left in evaluation mode."""
     n = settings.N_CLASSES
-    confusion = torch.zeros(n, n, dtype=torch.int64,
-                            device=next(net.parameters()).device)
+    confusion = torch.zeros(n, n, dtype=torch.int64, device=device_of(net))
     for pred, label, _ in predictions(net, loader, scales, flip):
         confusion += utils.confusion_matrix(pred, label, n,
                                             settings.IGNORE_LABEL)
@@ -430,7 +457,8 @@ def overlay(image, pred, names, colours, all_classes=False):
     image: (H, W, 3) uint8 RGB; pred: (H, W) class indices.
     """
     image, pred = enlarged(image), enlarged(np.asarray(pred, np.uint8))
-    present = [i for i in range(len(names)) if all_classes or i in pred]
+    count = np.bincount(pred.ravel(), minlength=len(names))
+    present = [i for i in range(len(names)) if all_classes or count[i]]
     return np.vstack([painted(image, pred, colours),
                       legend(image.shape[1], [names[i] for i in present],
                              [colours[i] for i in present])])
@@ -442,7 +470,7 @@ def em_unit(net):
     if not isinstance(unit, network.EMAU):
         raise ValueError(f'attention maps are those of an EMA unit, and this '
                          f'network has none to look into (HEAD='
-                         f'{settings.HEAD}, or an ONNX file)')
+                         f'{settings.HEAD})')
     return unit
 
 
@@ -974,9 +1002,8 @@ def _width():
 # ------------------------------------------------- report
 def shared_loader(net, data):
     """Return the loader of this process's share of a split's images."""
-    gpu = next(net.parameters()).is_cuda
     return dataset.val_loader(data, utils.rank(), utils.world(),
-                              settings.EVAL_BATCH or (8 if gpu else 1))
+                              batch_size(device_of(net)))
 
 
 def measure(net, data):

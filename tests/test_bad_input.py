@@ -249,7 +249,7 @@ def test_a_picture_that_bursts_the_memory(bad, monkeypatch):
                'a.pth')
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 40)
     expect(bad(bad.image, 'a.pth', 'STRIDE=16', main=predict.main),
-           bad.image, 'cannot be read as a picture')
+           bad.image, 'cannot be read as a picture', status=1)
 
 
 def test_folders_that_cannot_be_written(bad):

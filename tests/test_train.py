@@ -382,6 +382,6 @@ def test_predictions_of_a_picture_that_is_turned(small, tmp_path):
     Image.new('LA', (9, 7)).save('grey.png')
     assert predict.read_picture('grey.png').shape == (7, 9, 3)
     net = baselines.build_network().eval()
-    pred = predict.segment(net, predict.read_picture('p.jpg'), 'cpu')
-    assert pred.shape == (40, 20)
+    pred = predict.segment(net, [predict.read_picture('p.jpg')], 'cpu')
+    assert pred.shape == (1, 40, 20)
     assert eval.classify
