@@ -4,12 +4,12 @@
     python eval.py --submit [CHECKPOINT] [KEY=VALUE ...]
     python eval.py --compare DIR
 
-CHECKPOINT is models/final.pth if not named. The network is rebuilt from what
-the checkpoint recorded. Writes LOG_DIR/eval.json, confusion.png and
-classes.png beside it, and a line of results.csv. --submit writes the VOC test
-server's results.tgz instead, and needs no labels. --compare prints a table
-of the experiments in DIR's folders. Shapes: b images, n classes, H x W
-pixels.
+CHECKPOINT is models/final.pth if not named, or a file that predict.py
+--export wrote. The network is rebuilt from what the checkpoint recorded.
+Writes LOG_DIR/eval.json, confusion.png and classes.png beside it, and a line
+of results.csv. --submit writes the VOC test server's results.tgz instead, and
+needs no labels. --compare prints a table of the experiments in DIR's folders.
+Shapes: b images, n classes, H x W pixels.
 """
 import argparse
 import ast
@@ -18,6 +18,7 @@ import csv
 import fcntl
 import functools
 import glob
+import importlib
 import json
 import math
 import os
@@ -386,20 +387,118 @@ def find_checkpoint(path):
     return chosen
 
 
-def load_network(path, device):
-    """Return (net, checkpoint) of a file that train.py wrote, or of a
-    published {'net': ..., 'step': ...}.
+def needed(module):
+    """Import and return a module that only some work needs."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise ValueError(f'{module} is needed for this: python -m pip '
+                         f'install {module}') from None
 
-    The settings of the network are taken from it unless the command line
-    gave them; what did not come from settings.py is logged.
+
+def recorded_in(texts):
+    """Return the entries of a checkpoint that travel in an exported file, as
+    texts {name: JSON}: step, git, classes, colours, mean, std, and settings,
+    those of the network. A file of others has other texts: {}."""
+    if 'settings' not in texts:
+        return {}
+    found = {name: json.loads(text) for name, text in texts.items()}
+    found['settings'] = {                               # JSON has no tuples
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in found['settings'].items()}
+    return found
+
+
+def read_checkpoint(path):
+    """Return what a .pth or .safetensors file holds, a checkpoint."""
+    if not path.endswith('.safetensors'):
+        return utils.load_checkpoint(path)
+    safetensors = needed('safetensors')
+    try:
+        with safetensors.safe_open(path, 'pt') as file:
+            return {'net': {key: file.get_tensor(key) for key in file.keys()},
+                    **recorded_in(file.metadata() or {})}
+    except Exception as error:          # of its own classes, or JSON's
+        raise ValueError(f'{path} is truncated or no file of weights '
+                         f'({error})') from None
+
+
+class Onnx(torch.nn.Module):
+    """A network in a file, run by onnxruntime on the CPU: image (b, 3, H, W)
+    float32, normalised, to logits (b, n, H, W)."""
+
+    def __init__(self, path):
+        super().__init__()
+        runtime = needed('onnxruntime')
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        try:
+            self.session = runtime.InferenceSession(
+                path, options, providers=['CPUExecutionProvider'])
+        except Exception as error:      # of its own classes
+            raise ValueError(f'{path} cannot be run by onnxruntime '
+                             f'({str(error).splitlines()[0]})') from None
+        self.recorded = recorded_in(
+            self.session.get_modelmeta().custom_metadata_map)
+
+    def forward(self, image):
+        logits, = self.session.run(None, {'image': image.numpy()})
+        return torch.from_numpy(logits)
+
+
+def load_onnx(path):
+    """Return (net, checkpoint) of a file that predict.py --export wrote.
+
+    Raises ValueError where the command line asks for what is not in it: the
+    settings of the network are those that it was written with.
     """
-    checkpoint = utils.load_checkpoint(path)
-    recorded = checkpoint.get('settings') or baselines.recognise(
-        checkpoint['net'])
+    net = Onnx(path)
+    if not net.recorded:
+        raise ValueError(f'{path} is not of predict.py --export: it does not '
+                         f'tell its settings')
+    take_settings(net.recorded['settings'], path)
+    for name, value in net.recorded['settings'].items():
+        if getattr(settings, name) != value:
+            raise ValueError(f'{name}={getattr(settings, name)}: {path} was '
+                             f'written with {value}; export it anew')
+    if settings.INFERENCE != 'plain':
+        raise ValueError(f'INFERENCE={settings.INFERENCE}: {path} is run as '
+                         f'it is; INFERENCE=plain')
+    return net.eval(), {'net': {}, **net.recorded}
+
+
+def devices_for(path):
+    """Return the devices to work on, DEVICES; for an ONNX file the CPU."""
+    if not path.endswith('.onnx'):
+        return utils.pick_devices(settings.DEVICES)
+    devices = utils.pick_devices(settings.DEVICES or [-1])
+    if any(device.type != 'cpu' for device in devices):
+        raise ValueError(f'DEVICES={settings.DEVICES}: {path} is run on the '
+                         f'CPU; DEVICES=-1')
+    return devices
+
+
+def take_settings(recorded, path):
+    """Take the network's settings from a checkpoint's record, unless the
+    command line gave them; log what did not come from settings.py."""
     for name, value in settings.given().items():
         utils.log(f'{name} = {value!r} (command line)')
     for name, value in settings.adopt(recorded).items():
         utils.log(f'{name} = {value!r} ({path})')
+
+
+def load_network(path, device):
+    """Return (net, checkpoint) of a file that train.py wrote, or of a
+    published {'net': ..., 'step': ...}, or that predict.py --export wrote.
+
+    The settings of the network are taken from it unless the command line
+    gave them; what did not come from settings.py is logged.
+    """
+    if path.endswith('.onnx'):
+        return load_onnx(path)
+    checkpoint = read_checkpoint(path)
+    take_settings(checkpoint.get('settings')
+                  or baselines.recognise(checkpoint['net']), path)
     net = baselines.build_network()
     network.load_whole(net, checkpoint['net'], path)
     return net.to(device).eval(), checkpoint
@@ -470,7 +569,7 @@ def em_unit(net):
     if not isinstance(unit, network.EMAU):
         raise ValueError(f'attention maps are those of an EMA unit, and this '
                          f'network has none to look into (HEAD='
-                         f'{settings.HEAD})')
+                         f'{settings.HEAD}, or an ONNX file)')
     return unit
 
 
@@ -676,7 +775,7 @@ def drawings(net, data, confusion):
     DRAWN images, evenly spaced in the split, what draw_sample and, of an EMA
     unit, draw_attention show; the confusion matrix. The net is left in
     evaluation mode."""
-    device, run = next(net.parameters()).device, prepared(net)
+    device, run = device_of(net), prepared(net)
     names, colours = utils.read_classes(data.root, data.n_classes)
     for i in np.unique(np.linspace(0, len(data) - 1, DRAWN).astype(int)):
         image, label = data.read(i)                 # (H, W, 3), (H, W)
@@ -1102,7 +1201,7 @@ def main():
         compare(asked.compare)
         return
     path = find_checkpoint(asked.checkpoint)
-    device = utils.join(utils.pick_devices(settings.DEVICES))
+    device = utils.join(devices_for(path))
     utils.log(f'device: {utils.describe_device(device)}, processes: '
               f'{utils.world()}')
     digest = utils.file_hash(path)      # now: a run may write the file anew

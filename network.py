@@ -82,11 +82,13 @@ def upsample(x, size):
     Without gradients, and where a row becomes a whole number of rows, as on
     the k * stride + 1 grid, the heights are a blend of neighbouring rows: the
     same numbers to rounding, in a third of the time on a CPU. (The loss would
-    have to copy what that gives.)
+    have to copy what that gives. An exported network's sizes are not known.)
     """
     x = wide(x).contiguous()
+    if torch.is_grad_enabled() or torch.compiler.is_exporting():
+        return F.interpolate(x, size, mode='bilinear', align_corners=True)
     times, rest = divmod(size[0] - 1, max(1, x.shape[2] - 1))
-    if torch.is_grad_enabled() or rest or not times or x.shape[2] == 1:
+    if rest or not times or x.shape[2] == 1:
         return F.interpolate(x, size, mode='bilinear', align_corners=True)
     x = F.interpolate(x, (x.shape[2], size[1]), mode='bilinear',
                       align_corners=True)                       # (b, c, h, W)

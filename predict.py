@@ -1,9 +1,10 @@
-"""Segments pictures, folders and videos.
+"""Segments pictures, folders and videos; exports the network.
 
-    python predict.py FILE... [CHECKPOINT.pth] [--to DIR] [KEY=VALUE ...]
+    python predict.py FILE... [CHECKPOINT] [--to DIR] [KEY=VALUE ...]
+    python predict.py --export NET.onnx [FILE...] [CHECKPOINT] [KEY=VALUE ...]
 
-CHECKPOINT.pth is models/final.pth if not named; DIR is `predictions`.
-FILE.jpg becomes
+CHECKPOINT (.pth, or an exported .safetensors or .onnx) is models/final.pth if
+not named; DIR is `predictions`. FILE.jpg becomes
 
     DIR/FILE.png               a palette mask, the class of each pixel
     DIR/FILE.overlay.jpg       the classes over the picture, with a legend
@@ -13,10 +14,13 @@ FILE.jpg becomes
 
 A folder is searched through; its pictures keep their places in it. A video
 becomes DIR/VIDEO.overlay.mp4, its frames DIR/VIDEO/000000.png and so on.
-Shapes: b pictures, n classes, T iterations, k bases, H x W pixels.
+--export writes NET.onnx, checked against PyTorch on the FILEs, or the weights
+alone as NET.safetensors. Shapes: b pictures, n classes, T iterations, k
+bases, H x W pixels.
 """
 import argparse
 import contextlib
+import json
 import math
 import os
 import shutil
@@ -35,6 +39,8 @@ import utils
 PICTURES = ('.jpg', '.jpeg', '.png', '.bmp', '.gif', '.ppm', '.tif', '.tiff',
             '.webp')         # what is taken of a folder, and
 VIDEOS = ('.avi', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.webm')
+WEIGHTS = ('.pth', '.safetensors', '.onnx')
+AGREE = 0.999                # share of pixels that an export has to get right
 
 
 # ------------------------------------------------- files
@@ -148,13 +154,14 @@ def batches(items, device):
     of one size, and are seen at once; huge pictures are seen alone."""
     batch = []
     for path, image in items:
-        huge = eval.window_side(image.shape[:2], settings.EVAL_SCALES)
-        most = 1 if huge else eval.batch_size(device)
-        if batch and (len(batch) >= most
-                      or batch[0][1].shape != image.shape):
+        if batch and batch[0][1].shape != image.shape:
             yield batch
             batch = []
         batch.append((path, image))
+        huge = eval.window_side(image.shape[:2], settings.EVAL_SCALES)
+        if huge or len(batch) == eval.batch_size(device):
+            yield batch
+            batch = []
     if batch:
         yield batch
 
@@ -192,9 +199,11 @@ def probability_files(paths, size):
         raise OSError(f'{paths[0]} cannot be written: probabilities take '
                       f'{wanted / 1e9:.1f} GB, {free / 1e9:.1f} GB are free')
     with contextlib.ExitStack() as stack:
-        yield [np.lib.format.open_memmap(
-            stack.enter_context(utils.atomic(path)), 'w+', np.float16, shape)
-            for path in paths]
+        with writing(paths[0]):
+            files = [np.lib.format.open_memmap(
+                stack.enter_context(utils.atomic(path)), 'w+', np.float16,
+                shape) for path in paths]
+        yield files
 
 
 class Film:
@@ -250,7 +259,7 @@ class Predictor:
     """A network, and what is asked of it."""
 
     def __init__(self, path, asked):
-        self.device = utils.pick_devices(settings.DEVICES)[0]
+        self.device = eval.devices_for(path)[0]
         self.net, checkpoint = eval.load_network(path, self.device)
         self.names, self.colours = eval.classes_of(checkpoint)
         self.run, self.asked = eval.prepared(self.net), asked
@@ -324,6 +333,110 @@ def predict(files, weights, asked):
         raise OSError('\n  '.join(faults))
 
 
+# ------------------------------------------------- export
+class Padded(torch.nn.Module):
+    """A network that pads its image (b, 3, H, W) by itself, and so may be
+    given any size."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, image):
+        return eval.logits(self.net, image)
+
+
+def record(checkpoint):
+    """Return what travels in an exported file, {name: JSON}; see
+    eval.recorded_in."""
+    names, colours = eval.classes_of(checkpoint)
+    return {name: json.dumps(value) for name, value in {
+        'classes': names, 'colours': colours, 'mean': settings.MEAN,
+        'std': settings.STD, 'step': checkpoint.get('step'),
+        'git': checkpoint.get('git', utils.git_hash()), 'settings': {
+            name: getattr(settings, name) for name in settings._NETWORK},
+    }.items()}
+
+
+def write_safetensors(net, texts, path):
+    """Write a network's weights, with the texts of `record`."""
+    data = eval.needed('safetensors.torch').save(
+        {key: value.contiguous() for key, value in net.state_dict().items()},
+        texts)
+    with (writing(path), utils.atomic(path) as part,
+          open(part, 'wb') as file):
+        file.write(data)
+    utils.log(f'{path}: the weights, and {", ".join(texts)}')
+
+
+@torch.no_grad()
+def write_onnx(net, texts, path, images):
+    """Write a network with the texts of `record`: image (b, 3, H, W) float32,
+    normalised, of any size, to logits (b, n, H, W).
+
+    Raises RuntimeError, and writes nothing, unless onnxruntime finds in
+    images (H, W, 3) uint8 what PyTorch does.
+    """
+    for module in ('onnx', 'onnxscript', 'onnxruntime'):
+        eval.needed(module)
+    utils.log(f'{path}: the network is traced, for a minute or less')
+    sizes = {0: 'batch', 2: 'height', 3: 'width'}
+    program = torch.onnx.export(
+        Padded(net).eval(), (torch.zeros(2, 3, 70, 90),), dynamo=True,
+        verbose=False, input_names=['image'], output_names=['logits'],
+        dynamic_shapes={'image': sizes})
+    program.model.metadata_props.update(texts)
+    with writing(path), utils.atomic(path) as part:
+        program.save(part, external_data=False)
+        share, far = agreement(net, eval.Onnx(part), images)
+        if share < AGREE:
+            raise RuntimeError(f'{path} is not written: onnxruntime agrees '
+                               f'with PyTorch on {share:.2%} of pixels alone')
+    utils.log(f'{path}: onnxruntime gives {share:.3%} of the pixels of '
+              f'{len(images)} pictures the class that PyTorch gives them; '
+              f'logits differ by {far:.1g} at most')
+
+
+def agreement(net, other, images):
+    """Return (share of pixels with the same class, greatest difference of
+    logits) of two networks, on pictures at the first of EVAL_SCALES."""
+    same = count = far = 0
+    for image in images:
+        x = torch.from_numpy(image).permute(2, 0, 1)[None]
+        x = eval.resize(dataset.normalise(x, 'cpu'), eval.scaled_size(
+            image.shape[:2], settings.EVAL_SCALES[0]))
+        a, b = eval.logits(net, x), other(x)
+        same += int((a.argmax(1) == b.argmax(1)).sum())
+        count, far = count + a[0, 0].numel(), max(far, float(
+            (a - b).abs().max()))
+    return same / count, far
+
+
+def generated():
+    """Return pictures to check an export with, soft blots of two sizes."""
+    random = np.random.default_rng(0)
+    return [cv2.resize(random.integers(0, 256, (8, 8, 3), np.uint8), size,
+                       interpolation=cv2.INTER_CUBIC)
+            for size in ((150, 101), (64, 97))]
+
+
+def export(path, checkpoint_path, files):
+    """Write a network to a file, the way that its ending says."""
+    if checkpoint_path.endswith('.onnx'):
+        raise ValueError(f'{checkpoint_path} is exported already; name a '
+                         f'.pth')
+    if settings.INFERENCE != 'plain':
+        raise ValueError(f'INFERENCE={settings.INFERENCE}: the network is '
+                         f'exported as it is; INFERENCE=plain')
+    images = [read_picture(file) for file in files] or generated()
+    net, checkpoint = eval.load_network(checkpoint_path, torch.device('cpu'))
+    texts = record(checkpoint)
+    if path.endswith('.onnx'):
+        write_onnx(net, texts, path, images)
+    else:
+        write_safetensors(net, texts, path)
+
+
 # ------------------------------------------------- the command
 def parse(words):
     """Return (what is asked, checkpoint or None, files)."""
@@ -332,28 +445,43 @@ def parse(words):
         RawDescriptionHelpFormatter, usage='predict.py FILE... '
         '[CHECKPOINT] [--to DIR] [KEY=VALUE ...]')
     parser.add_argument('files', nargs='*', help=argparse.SUPPRESS)
-    parser.add_argument('--to', metavar='DIR', default='predictions')
+    parser.add_argument('--to', metavar='DIR')
     for name in ('probabilities', 'attention', 'em'):
         parser.add_argument(f'--{name}', action='store_true')
     parser.add_argument('--bases', metavar='I,J,...', default='',
                         help=f'draw these, not {eval.SHOWN} telling ones')
+    parser.add_argument('--export', metavar='FILE', default='')
     asked = parser.parse_intermixed_args(words)
-    weights = [file for file in asked.files if file.endswith('.pth')]
+    weights = [file for file in asked.files if file.endswith(WEIGHTS)]
     files = [file for file in asked.files if file not in weights]
-    if len(weights) > 1 or not files:
+    if len(weights) > 1 or not files and not asked.export:
         raise ValueError(f'{len(files)} pictures and {len(weights)} '
                          f'checkpoints are named; name pictures, and one '
                          f'checkpoint at most')
     if asked.bases and not (asked.attention or asked.em):
         raise ValueError(f'--bases {asked.bases}: of what? Add --attention '
                          f'or --em')
+    if asked.export and (asked.to or asked.probabilities or asked.attention
+                         or asked.em):
+        raise ValueError(f'--export {asked.export}: the network is written, '
+                         f'and nothing is predicted; leave the other options')
+    asked.to = asked.to or 'predictions'
+    if asked.export and not asked.export.endswith(WEIGHTS[1:]):
+        raise ValueError(f'--export {asked.export}: it ends in .onnx or '
+                         f'.safetensors')
+    if asked.export.endswith('.safetensors') and files:
+        raise ValueError(f'{files[0]}: weights alone are exported, and '
+                         f'nothing is checked on pictures')
     return asked, weights[0] if weights else None, files
 
 
 def main():
     asked, weights, files = parse(settings.override(sys.argv[1:]))
     eval.check_settings()
-    predict(files, weights, asked)
+    if asked.export:
+        export(asked.export, eval.find_checkpoint(weights), files)
+    else:
+        predict(files, weights, asked)
 
 
 if __name__ == '__main__':

@@ -1,9 +1,16 @@
-"""Predictions of pictures, folders and videos against eval's own; drawings.
+"""Predictions of pictures, folders and videos against eval's own; drawings;
+exported networks against PyTorch, and as the README uses them.
 
     python -m pytest tests/test_predict.py
+
+The exported network has learned for some seconds: from real pictures
+(../shared, CamVid) where they are, else from the toy set.
 """
+import fcntl
+import json
 import os
 import shutil
+import subprocess
 import sys
 
 import cv2
@@ -18,7 +25,8 @@ import eval
 import predict
 import settings
 import utils
-from conftest import refused
+from conftest import REPO, SMALL, refused, run, words
+from test_scripts import block
 
 
 @pytest.fixture
@@ -134,12 +142,12 @@ def test_probabilities(net, command, window):
     """Those of infer, as float16; through windows too, where two pictures
     are seen one after the other."""
     for name in 'pq':
-        save(f'{name}.png', (60, 90), seed=ord(name))
+        save(f'{name}.png', (40, 60), seed=ord(name))
     assert command('p.png', 'q.png', 'a.pth', '--probabilities',
                    f'EVAL_WINDOW={window}', 'EVAL_BATCH=2')[0] == 0
     for name in 'pq':
         got = np.load(f'predictions/{name}.prob.npy')
-        assert got.shape == (6, 60, 90) and got.dtype == np.float16
+        assert got.shape == (6, 40, 60) and got.dtype == np.float16
         settings.EVAL_WINDOW = window
         want = eval.infer(net, normalised(f'{name}.png'))[0].detach().numpy()
         np.testing.assert_allclose(got, want, atol=1e-3)
@@ -153,6 +161,8 @@ def test_what_cannot_be_written_is_said(net, command, monkeypatch):
         pass
     status, told = command('p.png', 'a.pth', '--to', 'file')
     assert status == 1 and 'predict.py: file/p.png cannot be written' in told
+    status, told = command('--export', 'file/net.safetensors', 'a.pth')
+    assert status == 1 and 'file/net.safetensors cannot be written' in told
     monkeypatch.setattr(predict.shutil, 'disk_usage', lambda path:
                         shutil._ntuple_diskusage(10 ** 6, 10 ** 6, 1000))
     status, told = command('p.png', 'a.pth', '--probabilities')
@@ -259,10 +269,179 @@ def test_overlays_let_black_classes_through():
         assert abs(green - [50, 155, 56]).max() <= 1        # 0.45 and 0.55
 
 
+# ------------------------------------------------- export
+@pytest.fixture(scope='session')
+def exported(tmp_path_factory, toy):
+    """A folder with final.pth, learned for seconds, net.onnx of it, and the
+    set it learned from; made once for all processes of pytest-xdist."""
+    base = tmp_path_factory.getbasetemp()
+    if 'PYTEST_XDIST_WORKER' in os.environ:
+        base = base.parent
+    folder = base / 'exported'
+    folder.mkdir(exist_ok=True)
+    with open(base / 'exported.lock', 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / 'net.onnx').exists():
+            export(folder, toy)
+    return folder
+
+
+def export(folder, toy):
+    """Train, and export as a user does."""
+    shared = os.path.join(os.path.dirname(REPO), 'shared')
+    given = {**SMALL, 'DATA_ROOT': toy, 'LR': 0.01, 'BATCH_SIZE': 4,
+             'ITER_MAX': 20, 'VAL_SPLIT': '', 'MODEL_DIR': '.'}
+    if os.path.isdir(shared):
+        given.update(
+            DATA_ROOT=f'{shared}/data/camvid', N_CLASSES=11, CROP_SIZE=81,
+            SCALES=(0.4, 0.5), PRETRAINED_PARTIAL=True,
+            PRETRAINED=f'{shared}/weights/'
+            'resnet18_conv1_to_layer3_bn_unfolded.pth')
+    done = run('train.py', *words(given), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    (folder / 'set').symlink_to(given['DATA_ROOT'])
+    images = sorted((folder / 'set' / 'JPEGImages').iterdir())[:3]
+    done = run('predict.py', '--export', 'net.onnx', *images, 'final.pth',
+               'EVAL_SCALES=0.5', cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert 'of the pixels of 3 pictures the class that PyTorch' in done.stdout
+
+
+@torch.no_grad()
+def test_an_exported_network_agrees_at_any_size(exported):
+    """Sizes on and off the grid of 16, one of a pixel's height; a batch."""
+    net, checkpoint = eval.load_network(str(exported / 'final.pth'), 'cpu')
+    other, recorded = eval.load_network(str(exported / 'net.onnx'), 'cpu')
+    for b, *size in ((1, 70, 90), (2, 65, 65), (1, 180, 240), (3, 1, 17)):
+        x = torch.from_numpy(np.stack([picture(size, i) for i in range(b)]))
+        x = dataset.normalise(x.permute(0, 3, 1, 2), 'cpu')
+        want, got = eval.logits(net, x), other(x)
+        torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-3)
+        same = (got.argmax(1) == want.argmax(1)).float().mean()
+        assert same >= 0.999
+    assert recorded['classes'] == checkpoint['classes']
+    assert recorded['colours'] == checkpoint['colours']
+    assert tuple(recorded['mean']) == settings.MEAN
+    assert recorded['step'] == 20 and recorded['git'] == checkpoint['git']
+    assert all(value == checkpoint['settings'][name] for name, value
+               in recorded['settings'].items())
+
+
+def test_an_exported_network_is_scored_and_predicts(exported, command,
+                                                    tmp_path, monkeypatch):
+    """On real pictures, if there are any: 99.9% of the pixels alike."""
+    monkeypatch.chdir(tmp_path)
+    root = exported / 'set'
+    lists = tmp_path / 'part' / 'ImageSets' / 'Segmentation'
+    lists.mkdir(parents=True)
+    for name in ('JPEGImages', 'SegmentationClassAug', 'classes.txt'):
+        (tmp_path / 'part' / name).symlink_to(root / name)
+    ids = (root / 'ImageSets/Segmentation/val.txt').read_text().split()[:4]
+    (lists / 'val.txt').write_text('\n'.join(ids))
+    before, found = settings.as_dict(), []
+    for file in ('final.pth', 'net.onnx'):
+        vars(settings).update(before)
+        monkeypatch.setattr(sys, 'argv', [
+            'eval.py', str(exported / file), 'DATA_ROOT=part',
+            'NUM_WORKERS=0', 'EVAL_SCALES=0.5', 'EVAL_FLIP=True',
+            'VAL_SPLIT=val'])
+        eval.main()
+        with open('logdir/eval.json') as result:
+            found.append(json.load(result))
+        status, _ = command(root / 'JPEGImages' / f'{ids[0]}.jpg', '--to',
+                            file, exported / file, 'EVAL_SCALES=0.5')
+        assert status == 0
+    one, two = (np.array(result['confusion']) for result in found)
+    assert np.abs(one - two).sum() <= 0.002 * one.sum() > 0
+    assert abs(found[0]['mIoU'] - found[1]['mIoU']) < 1e-3
+    assert (one.sum(0) > 0).sum() > 2
+    masks = [dataset.read_label(f'{file}/{ids[0]}.png')
+             for file in ('final.pth', 'net.onnx')]
+    assert (masks[0] == masks[1]).mean() >= 0.999
+    with open('results.csv') as file:
+        assert 'net.onnx' in file.read()
+
+
+def test_the_readmes_lines_for_onnx(exported, tmp_path):
+    """They run without torch and give what predict.py gives."""
+    shutil.copy(exported / 'net.onnx', tmp_path)
+    save(str(tmp_path / 'photo.jpg'), (75, 110))
+    code = block('python', '### Export')
+    subprocess.run([sys.executable, '-c', code + '\nimport sys\n'
+                    'assert "torch" not in sys.modules'], cwd=tmp_path,
+                   check=True)
+    net, checkpoint = eval.load_network(str(exported / 'final.pth'), 'cpu')
+    want = eval.classify(net, normalised(str(tmp_path / 'photo.jpg')))[0]
+    with Image.open(tmp_path / 'mask.png') as mask:
+        assert (np.array(mask) == want.numpy()).mean() >= 0.999
+        colours = np.ravel(checkpoint['colours']).tolist()
+        assert mask.getpalette()[:len(colours)] == colours
+
+
+def test_the_readmes_lines_for_network_py(net, command, tmp_path):
+    """In a folder with network.py alone, and bit-equal weights."""
+    assert command('--export', 'net.safetensors', 'a.pth')[0] == 0
+    save('photo.jpg', (75, 110))
+    shutil.copy(os.path.join(REPO, 'network.py'), tmp_path)
+    code = block('python', 'And with `network.py`')
+    subprocess.run([sys.executable, '-c', code + '\nnp.save("pred", pred)'],
+                   cwd=tmp_path, check=True,
+                   env={**os.environ, 'PYTHONPATH': ''})
+    want = eval.classify(net, normalised('photo.jpg'))[0].numpy()
+    assert (np.load('pred.npy') == want).mean() >= 0.999
+    loaded, checkpoint = eval.load_network('net.safetensors', 'cpu')
+    assert checkpoint['classes'] == utils.load('a.pth')['classes']
+    for key, value in net.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value), key
+
+
+def test_files_of_others(small, monkeypatch, capsys):
+    """Weights without our record load as a published checkpoint does; an
+    ONNX file without it is refused."""
+    import onnx
+    from safetensors.torch import save_file
+    net = baselines.build_network()
+    save_file(net.state_dict(), 'plain.safetensors', {'format': 'pt'})
+    settings.N_CLASSES, settings.EM_BASES = 21, 64
+    loaded, checkpoint = eval.load_network('plain.safetensors', 'cpu')
+    assert list(checkpoint) == ['net'] and settings.N_CLASSES == 6
+    assert torch.equal(loaded.fc2.weight, net.fc2.weight)
+    value = [onnx.helper.make_tensor_value_info(name, 1, [1]) for name in 'xy']
+    model = onnx.helper.make_model(onnx.helper.make_graph([
+        onnx.helper.make_node('Relu', ['x'], ['y'])], 'g', value[:1],
+        value[1:]), opset_imports=[onnx.helper.make_opsetid('', 18)],
+        ir_version=8)
+    onnx.helper.set_model_props(model, {'author': 'somebody'})
+    onnx.save(model, 'theirs.onnx')
+    status, line = refused(predict.main, save('p.png'), 'theirs.onnx',
+                           monkeypatch=monkeypatch, capsys=capsys)
+    assert status == 2 and 'theirs.onnx is not of predict.py' in line
+
+
+def test_an_export_that_disagrees_is_not_written(net, monkeypatch, command):
+    """The tracing is left out: a network of noise takes the file's place."""
+    class Program:
+        class model:
+            metadata_props = {}
+
+        def save(self, path, external_data):
+            with open(path, 'w'):
+                pass
+    monkeypatch.setattr(torch.onnx, 'export', lambda *_, **__: Program())
+    monkeypatch.setattr(eval, 'Onnx', lambda path: lambda x: torch.randn(
+        len(x), 6, *x.shape[2:]))
+    status, told = command('--export', 'net.onnx', 'a.pth')
+    assert status == 1 and 'net.onnx is not written' in told
+    assert not [name for name in os.listdir() if name.startswith('net.onnx')]
+
+
 # ------------------------------------------------- bad input
 def test_bad_input_ends_in_a_line(net, monkeypatch, capsys):
     save('p.png')
     os.mkdir('empty')
+    for name in ('wrong.onnx', 'wrong.safetensors'):
+        with open(name, 'wb') as file:
+            file.write(b'wrong' * 99)
     settings.HEAD = 'fcn'
     torch.save({'net': baselines.build_network().state_dict(),
                 'settings': settings.as_dict()}, 'fcn.pth')
@@ -273,9 +452,37 @@ def test_bad_input_ends_in_a_line(net, monkeypatch, capsys):
             ('p.png --bases 1', '--bases 1: of what?'),
             ('p.png a.pth --em --bases 8', '--bases 8: name some of 0 to 7'),
             ('p.png a.pth --em --bases x', '--bases x: name some of'),
-            ('p.png fcn.pth --attention', 'none to look into (HEAD=fcn')):
+            ('p.png fcn.pth --attention', 'none to look into (HEAD=fcn'),
+            ('--export net.pt a.pth', 'ends in .onnx or .safetensors'),
+            ('--export net.onnx a.pth --to x', 'leave the other options'),
+            ('--export net.onnx gone.pth', 'gone.pth is not there'),
+            ('--export net.onnx wrong.onnx', 'is exported already'),
+            ('--export net.onnx a.pth INFERENCE=bf16', 'INFERENCE=plain'),
+            ('--export net.safetensors a.pth p.png', 'nothing is checked'),
+            ('p.png wrong.onnx', 'wrong.onnx cannot be run by onnxruntime'),
+            ('p.png wrong.safetensors', 'wrong.safetensors is truncated')):
         status, line = refused(predict.main, *given.split(), capsys=capsys,
                                monkeypatch=monkeypatch)
         assert status == 2 and told in line
         vars(settings).update(before)
         settings._given.clear()
+    assert not [name for name in os.listdir() if name.startswith('net.')]
+
+
+def test_an_onnx_file_is_what_it_is(exported, monkeypatch, capsys, tmp_path):
+    """What it was not written with is refused, and so is a missing module."""
+    monkeypatch.chdir(tmp_path)
+    file, photo = str(exported / 'net.onnx'), save('p.png')
+    for words_, told in ((['STRIDE=8'], 'STRIDE=8: '),
+                         (['INFERENCE=folded'], 'INFERENCE=plain'),
+                         (['--em'], 'an ONNX file')):
+        before = settings.as_dict()
+        status, line = refused(predict.main, photo, file, *words_,
+                               monkeypatch=monkeypatch, capsys=capsys)
+        assert status == 2 and told in line
+        vars(settings).update(before)
+        settings._given.clear()
+    monkeypatch.setitem(sys.modules, 'onnxruntime', None)
+    status, line = refused(predict.main, photo, file, monkeypatch=monkeypatch,
+                           capsys=capsys)
+    assert status == 2 and 'python -m pip install onnxruntime' in line
