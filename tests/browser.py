@@ -9,12 +9,15 @@ colours. SHOTS is where screenshots of all that there is to see are kept. Exit
 status: 0 all is there, 1 something is not, 2 no Chromium.
 """
 import argparse
+import base64
 import contextlib
 import csv
+import fcntl
 import io
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import socket
@@ -22,7 +25,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.parse
 import urllib.request
 
@@ -49,25 +51,81 @@ def find_browser():
     return None
 
 
-def browse(url, *flags):
-    """Have Chromium load a page and what its scripts load; return what it
-    prints. Its clock stands still while it waits for the server."""
-    with tempfile.TemporaryDirectory() as profile:
-        done = subprocess.run(
+class Page:
+    """A page of Chromium without a window, spoken to in the DevTools protocol
+    through two pipes: what it reads as file 3 and writes as file 4."""
+
+    def __init__(self, width, height):
+        self.profile = tempfile.TemporaryDirectory()
+        theirs, self.to = os.pipe()
+        self.back, theirs_too = os.pipe()
+        high = [fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, 10)
+                for file in (theirs, theirs_too)]
+        self.process = subprocess.Popen(
             [find_browser(), '--headless', '--no-sandbox', '--disable-gpu',
-             '--disable-dev-shm-usage', f'--user-data-dir={profile}',
-             '--window-size=1600,1400', '--hide-scrollbars',
-             '--virtual-time-budget=20000', *flags, url],
-            capture_output=True, text=True, timeout=180, check=False)
-    if done.returncode:
-        raise RuntimeError(f'Chromium failed on {url}: {done.stderr[-2000:]}')
-    return done.stdout
+             '--disable-dev-shm-usage', '--remote-debugging-pipe',
+             '--hide-scrollbars', f'--window-size={width},{height}',
+             f'--user-data-dir={self.profile.name}', 'about:blank'],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            close_fds=False, start_new_session=True,
+            preexec_fn=lambda: [os.dup2(file, place)
+                                for place, file in enumerate(high, 3)])
+        for file in (theirs, theirs_too, *high):
+            os.close(file)
+        self.count, self.rest, self.session = 0, b'', {}
+        target = next(target for target in self.ask('Target.getTargets')[
+            'targetInfos'] if target['type'] == 'page')
+        self.session = {'sessionId': self.ask('Target.attachToTarget', {
+            'targetId': target['targetId'], 'flatten': True})['sessionId']}
+
+    def ask(self, method, values=None):
+        """Return the answer to a command of the protocol."""
+        self.count += 1
+        os.write(self.to, json.dumps({
+            'id': self.count, 'method': method, 'params': values or {},
+            **self.session}).encode() + b'\0')
+        while True:
+            answer, end, rest = self.rest.partition(b'\0')
+            if not end:
+                ready, _, _ = select.select([self.back], [], [], 60)
+                more = os.read(self.back, 1 << 20) if ready else b''
+                if not more:
+                    raise RuntimeError(f'Chromium gave no answer to {method}')
+                self.rest += more
+                continue
+            self.rest, answer = rest, json.loads(answer)
+            if answer.get('id') == self.count:      # no event, no old answer
+                if 'error' in answer:
+                    raise RuntimeError(f'{method}: {answer["error"]}')
+                return answer['result']
+
+    def go(self, url):
+        self.ask('Page.navigate', {'url': url})
+
+    def value(self, script):
+        """Return the value of an expression of JavaScript in the page."""
+        return self.ask('Runtime.evaluate', {
+            'expression': script, 'returnByValue': True})['result'].get(
+                'value')
+
+    def shot(self, path):
+        """Write what the page shows as a PNG."""
+        with open(path, 'wb') as file:
+            file.write(base64.b64decode(
+                self.ask('Page.captureScreenshot')['data']))
+
+    def close(self):
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        os.close(self.to)
+        os.close(self.back)
+        self.profile.cleanup()
 
 
 @contextlib.contextmanager
-def tensorboard(folder, names):
-    """Run tensorboard.sh on a folder; give its address once it knows the
-    runs of these names."""
+def tensorboard(folder, losses):
+    """Run tensorboard.sh on a folder; give its address once it has read the
+    last loss of these runs {name: loss}."""
     with socket.socket() as free:
         free.bind(('localhost', 0))
         port = free.getsockname()[1]
@@ -77,16 +135,15 @@ def tensorboard(folder, names):
          str(port)], env={**os.environ, 'PATH': path},
         stderr=subprocess.DEVNULL, start_new_session=True)
     try:
-        address, runs = f'http://localhost:{port}/', None
+        address, read = f'http://localhost:{port}/', {}
         for _ in range(240):
-            with contextlib.suppress(OSError):
-                runs = set(json.loads(fetch(f'{address}data/runs')))
-            if runs == names:
+            read = {name: served(address, name) for name in losses}
+            if all(near(read[name], loss) for name, loss in losses.items()):
                 break
             time.sleep(0.5)
-        if runs != names:
-            raise RuntimeError(f'TensorBoard has the runs {runs}, the folders '
-                               f'are {names}')
+        else:
+            raise RuntimeError(f'TensorBoard has the losses {read}, log.csv '
+                               f'has {losses}')
         yield address
     finally:
         os.killpg(process.pid, signal.SIGTERM)
@@ -98,38 +155,61 @@ def fetch(url):
         return reply.read()
 
 
+def served(address, name):
+    """Return the last loss of a run that TensorBoard has read, or None."""
+    query = urllib.parse.urlencode({'run': name, 'tag': 'Curves/loss'})
+    try:
+        return json.loads(fetch(
+            f'{address}data/plugin/scalars/scalars?{query}'))[-1][2]
+    except (OSError, IndexError):
+        return None
+
+
+def near(a, b):
+    """Say whether a is b, as a page writes it; None is near to nothing."""
+    return a is not None and abs(a - b) < 1e-3 * abs(b)
+
+
 def last_loss(log):
     with open(os.path.join(log, 'log.csv'), newline='') as file:
         return float(list(csv.DictReader(file))[-1]['loss'])
 
 
-def look(address, logs, folder):
+def faults(page, losses, first):
+    """Return what the page does not show of all runs {name: loss}: names,
+    last losses, the picture `first`."""
+    text = page.value('document.body.innerText') or ''
+    numbers = [float(x) for x in re.findall(r'\b\d+\.\d+\b', text)]
+    found = [f'no {name}' for name in losses if name not in text.split()]
+    found += [f'no loss of {name}, {loss:.4f}' for name, loss
+              in losses.items() if not any(near(x, loss) for x in numbers)]
+    loaded = page.value('[...document.images].filter(x => x.naturalWidth > '
+                        '300).length')
+    if loaded != len(losses):
+        found.append(f'{loaded} pictures {first}')
+    return found
+
+
+def look(page, address, losses, shot):
     """Raise RuntimeError unless the page of the loss and of a picture shows
-    those of all logs {experiment: folder}; keep its screenshot."""
+    those of all runs {name: loss}; write what it looks like."""
     tags = json.loads(fetch(f'{address}data/plugin/images/tags'))
     first = min(tag for tags in tags.values() for tag in tags
                 if tag.startswith('Val/'))
     query = urllib.parse.urlencode({'tagFilter': f'Curves/loss|{first}$'})
-    page, shot = f'{address}?{query}#timeseries', f'{folder}/browser.png'
-    dom = browse(page, '--dump-dom')
-    text = re.sub(r'<[^>]+>', ' ', dom)
-    numbers = [float(x) for x in re.findall(r'\b\d+\.\d+\b', text)]
-    for name, log in logs.items():
-        loss = last_loss(log)
-        if name not in text:
-            raise RuntimeError(f'the page does not name {name}')
-        if not any(abs(x - loss) < 1e-3 * loss for x in numbers):
-            raise RuntimeError(f'the page does not show {name}\'s last loss, '
-                               f'{loss:.4f}; it shows {numbers}')
-    pictures = re.findall(r'<img[^>]* src="(data/plugin[^"]+)"', dom)
-    if len(pictures) != len(logs):
-        raise RuntimeError(f'the page has {len(pictures)} pictures {first}, '
-                           f'there are {len(logs)} experiments')
-    browse(page, f'--screenshot={shot}')
+    page.go(f'{address}?{query}#timeseries')
+    until = time.monotonic() + 60
+    while faults(page, losses, first) and time.monotonic() < until:
+        time.sleep(0.5)
+    page.shot(shot)
+    found = faults(page, losses, first)
+    if found:
+        raise RuntimeError(f'the page shows {"; ".join(found)}; there are '
+                           f'{len(losses)} experiments')
     with Image.open(shot) as image:
         seen = np.array(image.convert('RGB'))
-    for source in pictures:
-        with Image.open(io.BytesIO(fetch(address + source))) as image:
+    for source in page.value('[...document.images].map(x => x.src)'):
+        with Image.open(io.BytesIO(fetch(source))) as image:
             if not all((seen == colour).all(2).sum() > 50
                        for colour in colours(np.array(image))):
                 raise RuntimeError(f'{first} is not in {shot} in its colours')
@@ -153,18 +233,24 @@ def main():
     if not find_browser():
         raise FileNotFoundError(f'there is no {", ".join(NAMES)}; on Debian: '
                                 f'apt-get install chromium')
-    logs = {name: log for name, (_, log) in eval.find_runs(asked.dir).items()
-            if log}
-    if not logs:
+    losses = {name: last_loss(log) for name, (_, log)
+              in eval.find_runs(asked.dir).items() if log}
+    if not losses:
         raise FileNotFoundError(f'{asked.dir} holds no experiment with a log')
     with tempfile.TemporaryDirectory() as folder, tensorboard(
-            os.path.abspath(asked.dir), set(logs)) as address:
+            os.path.abspath(asked.dir), losses) as address:
         folder = asked.to or folder
         os.makedirs(folder, exist_ok=True)
-        look(address, logs, folder)
-        for name, page in PAGES.items() if asked.to else ():
-            browse(address + page, f'--screenshot={folder}/{name}.png')
-    print(f'TensorBoard shows {", ".join(logs)}'
+        page = Page(1600, 1000 + 200 * len(losses))
+        try:
+            look(page, address, losses, f'{folder}/browser.png')
+            for name, place in PAGES.items() if asked.to else ():
+                page.go(address + place)
+                time.sleep(10)          # for people: nothing waits for it
+                page.shot(f'{folder}/{name}.png')
+        finally:
+            page.close()
+    print(f'TensorBoard shows {", ".join(losses)}'
           + (f'; screenshots are in {asked.to}' if asked.to else ''))
 
 
