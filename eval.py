@@ -18,7 +18,6 @@ import csv
 import fcntl
 import functools
 import glob
-import importlib
 import json
 import math
 import os
@@ -387,15 +386,6 @@ def find_checkpoint(path):
     return chosen
 
 
-def needed(module):
-    """Import and return a module that only some work needs."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise ValueError(f'{module} is needed for this: python -m pip '
-                         f'install {module}') from None
-
-
 def recorded_in(texts):
     """Return the entries of a checkpoint that travel in an exported file, as
     texts {name: JSON}: step, git, classes, colours, mean, std, and settings,
@@ -413,7 +403,7 @@ def read_checkpoint(path):
     """Return what a .pth or .safetensors file holds, a checkpoint."""
     if not path.endswith('.safetensors'):
         return utils.load_checkpoint(path)
-    safetensors = needed('safetensors')
+    safetensors = utils.needed('safetensors')
     try:
         with safetensors.safe_open(path, 'pt') as file:
             return {'net': {key: file.get_tensor(key) for key in file.keys()},
@@ -429,7 +419,7 @@ class Onnx(torch.nn.Module):
 
     def __init__(self, path):
         super().__init__()
-        runtime = needed('onnxruntime')
+        runtime = utils.needed('onnxruntime')
         options = runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         try:

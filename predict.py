@@ -360,7 +360,7 @@ def record(checkpoint):
 
 def write_safetensors(net, texts, path):
     """Write a network's weights, with the texts of `record`."""
-    data = eval.needed('safetensors.torch').save(
+    data = utils.needed('safetensors.torch').save(
         {key: value.contiguous() for key, value in net.state_dict().items()},
         texts)
     with (writing(path), utils.atomic(path) as part,
@@ -378,7 +378,7 @@ def write_onnx(net, texts, path, images):
     images (H, W, 3) uint8 what PyTorch does.
     """
     for module in ('onnx', 'onnxscript', 'onnxruntime'):
-        eval.needed(module)
+        utils.needed(module)
     utils.log(f'{path}: the network is traced, for a minute or less')
     sizes = {0: 'batch', 2: 'height', 3: 'width'}
     program = torch.onnx.export(

@@ -21,7 +21,6 @@ import collections
 import concurrent.futures
 import functools
 import hashlib
-import importlib
 import io
 import json
 import os
@@ -452,16 +451,6 @@ def check_counts(name, lists):
                              f'whole archives')
 
 
-def need(package, what):
-    """Raise RuntimeError with the remedy where a package is not there."""
-    try:
-        importlib.import_module(package)
-    except ImportError:
-        name = package.partition('.')[0]
-        raise RuntimeError(f'{what} are read by {name}, which is not there: '
-                           f'pip install {name}') from None
-
-
 def check_lists(name, lists):
     """Raise ValueError unless the lists {split: IDs} are the official ones."""
     for split, (count, digest) in SOURCES[name]['lists'].items():
@@ -481,7 +470,7 @@ def voc(args):
     border; with --sbd-first SBD's goes first, but for val. Differs: the
     widely used SegmentationClassAug has SBD's for some that VOC has too.
     """
-    need('scipy.io', 'the labels of SBD')
+    utils.needed('scipy.io')
     root, options = args.to, {'sbd_first': args.sbd_first}
     if is_ready(root, 'voc', options):
         return
@@ -590,7 +579,7 @@ def coco(args):
     Images with more than 1,000 pixels of these classes. Where objects overlap
     the first of the file wins; a crowd is void where no object is.
     """
-    need('pycocotools.mask', 'the labels of COCO')
+    utils.needed('pycocotools.mask')
     root, lists = args.to, {}
     if is_ready(root, 'coco', {}):
         return
@@ -624,7 +613,7 @@ def coco(args):
 def context(args):
     """Bring PASCAL Context into the layout, 59 classes and background: train,
     val. What is none of the 59, or not labelled, is background."""
-    need('pycocotools.mask', 'the labels of Context')
+    utils.needed('pycocotools.mask')
     root, lists = args.to, {'train': [], 'val': []}
     if is_ready(root, 'context', {}):
         return
@@ -657,7 +646,7 @@ def context(args):
 def cocostuff(args):
     """Bring COCO-Stuff 10k v1.1 into the layout, 171 classes: train, test.
     Unlabelled pixels are void."""
-    need('scipy.io', 'the labels of COCO-Stuff')
+    utils.needed('scipy.io')
     root = args.to
     if is_ready(root, 'cocostuff', {}):
         return
@@ -792,7 +781,7 @@ def files(folder, endings, what):
 def from_json(args, named):
     """Return (classes, {ID: (picture, size)}, {ID: (size, parts)}) of JSON in
     COCO's format; named: --classes, which gives its classes colours."""
-    need('pycocotools.mask', 'polygons')
+    utils.needed('pycocotools.mask')
     if not os.path.isfile(args.masks):
         raise FileNotFoundError(f'{args.masks} is not there')
     with open(args.masks, 'rb') as file:
@@ -974,7 +963,6 @@ def own_picture(path, source, size):
     try:
         with Image.open(source) as image:
             image.load()
-            stored = image.size[::-1] == size
             upright = image.getexif().get(ORIENTATION, 1) == 1
             turned = image if upright else ImageOps.exif_transpose(image)
             if size not in (image.size[::-1], turned.size[::-1]):

@@ -9,6 +9,7 @@ import csv
 import datetime
 import hashlib
 import http.client
+import importlib
 import json
 import multiprocessing
 import os
@@ -420,6 +421,17 @@ def versions():
     """Return {name: version} of what a run's numbers depend on."""
     return {'python': sys.version.split()[0], 'torch': str(torch.__version__),
             'numpy': str(np.__version__), 'threads': torch.get_num_threads()}
+
+
+def needed(module):
+    """Import and return a module that only some work needs; ValueError with
+    the remedy where it is not there."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        name = module.partition('.')[0]
+        raise ValueError(f'{name} is needed for this: python -m pip install '
+                         f'{name}') from None
 
 
 def git_hash():

@@ -573,5 +573,5 @@ def test_polygons_of_ones_own(own, monkeypatch, capsys):
 
 def test_packages_are_asked_for(own, coco, monkeypatch):
     monkeypatch.setitem(sys.modules, 'pycocotools.mask', None)
-    with pytest.raises(RuntimeError, match='pip install pycocotools'):
+    with pytest.raises(ValueError, match='pip install pycocotools'):
         prepare.main(coco[0])

@@ -535,7 +535,7 @@ def test_error_of_a_process_is_for_the_user(archives, tmp_path, monkeypatch):
 def test_scipy_is_asked_for(archives, tmp_path, monkeypatch):
     archives.write(monkeypatch)
     monkeypatch.setitem(sys.modules, 'scipy.io', None)
-    with pytest.raises(RuntimeError, match='pip install scipy'):
+    with pytest.raises(ValueError, match='pip install scipy'):
         voc(tmp_path / 'voc', archives)
     assert not (tmp_path / 'voc').exists()
 
