@@ -371,17 +371,27 @@ def in_processes(work, jobs, desc, total=None, done=None):
     work: a function of a module, as the processes import it. Raises what a
     call raised, ValueError or OSError, as a message for the user.
     """
-    running = collections.deque()
+    at_once = min(16, (total or 0) // 100 + 1)      # given to a process
+    running, given = collections.deque(), []
     with concurrent.futures.ProcessPoolExecutor(
             min(8, os.cpu_count() or 1), initializer=signal.signal,
             initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
         for job in utils.progress(jobs, desc=desc, total=total):
             if not (done and done(job)):
-                running.append(pool.submit(work, *job))
-            if len(running) > 64:               # what is read ahead
-                yield result(running.popleft())
+                given.append(job)
+            if len(given) == at_once:
+                running.append(pool.submit(do_all, work, given))
+                given = []
+            if len(running) * at_once > 64:         # what is read ahead
+                yield from result(running.popleft())
+        running.append(pool.submit(do_all, work, given))
         for future in running:
-            yield result(future)
+            yield from result(future)
+
+
+def do_all(work, jobs):
+    """Return what work(*job) returns for each job."""
+    return [work(*job) for job in jobs]
 
 
 def result(future):

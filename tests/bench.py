@@ -610,15 +610,15 @@ def archives(folder, photograph):
     corners = [[[x, y, x + 150, y + 9, x + 90, y + 120, x + 5, y + 80]]
                for x in range(5, 300, 60) for y in range(5, 200, 50)]
     zipped('train2017.zip', {f'train2017/{i:012}.jpg': jpeg
-                             for i in range(1500)})
+                             for i in range(800)})
     zipped('val2017.zip', {})
     zipped('annotations_trainval2017.zip', {
         f'annotations/instances_{split}2017.json': json.dumps({
             'images': [{'id': i, 'file_name': f'{i:012}.jpg', 'height':
-                        size[0], 'width': size[1]} for i in range(1500)],
+                        size[0], 'width': size[1]} for i in range(800)],
             'annotations': [{'image_id': i, 'category_id': 1 + j % 9,
                              'iscrowd': 0, 'segmentation': where}
-                            for i in range(1500)
+                            for i in range(800)
                             for j, where in enumerate(corners)]})
         for split in ('train', 'val')})
     from scipy.io import savemat
@@ -632,11 +632,11 @@ def archives(folder, photograph):
     for kind, data in (('photos', jpeg), ('masks', encoded(
             Image.fromarray(regions(*size, range(21))), 'PNG'))):
         (folder / kind).mkdir()
-        for i in range(900):
+        for i in range(500):
             end = 'jpg' if kind == 'photos' else 'png'
             (folder / kind / f'{i}.{end}').write_bytes(data)
-    return {('cityscapes',): 120, ('coco',): 3000, ('cocostuff',): 1200,
-            ('masks', str(folder / 'photos'), str(folder / 'masks')): 1800}
+    return {('cityscapes',): 120, ('coco',): 1600, ('cocostuff',): 1200,
+            ('masks', str(folder / 'photos'), str(folder / 'masks')): 1000}
 
 
 def conversion(bench):
