@@ -18,7 +18,6 @@ import io
 import json
 import os
 import platform
-import shutil
 import sys
 import tempfile
 import time
@@ -653,13 +652,12 @@ def conversion(bench):
             source = prepare.SOURCES.get(words[0], {})
             source.update(unpacked=0, counts={}, archives=[
                 (url, '', 0) for url, *_ in source.get('archives', ())])
-            made = os.path.join(folder, 'made')
 
             def convert(run):
                 prepare.in_processes = run
+                made = tempfile.mkdtemp(dir=folder)     # removed untimed
                 prepare.main([*words, '--to', made] + (
                     ['--from', folder] if words[0] != 'masks' else []))
-                shutil.rmtree(made)
             bench.race(f'prepare.py {words[0]}, {files} files; per file', {
                 'a plain loop': lambda: convert(plain),
                 f'in processes, {os.cpu_count()} cores':
