@@ -20,7 +20,6 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.models.segmentation.deeplabv3 import ASPP
 
 import network
 import settings
@@ -72,6 +71,8 @@ def aspp(c, stride):
     Differs: torchvision drops half of its elements; here `classifier` drops,
     as DROPOUT says, and torchvision's further 3x3 is not in the paper.
     """
+    # takes a second to import, which only the DeepLabs shall wait for
+    from torchvision.models.segmentation.deeplabv3 import ASPP
     module = ASPP(c, [96 // stride * i for i in (1, 2, 3)])
     module.project[3] = nn.Identity()
     return module

@@ -5,4 +5,4 @@ set -eu
 cd "$(dirname "$0")"
 . ./setup.sh
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec python -m pytest tests -q -n 2 "$@"
+exec python -m pytest tests -q -n 2 --dist worksteal "$@"

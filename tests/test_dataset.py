@@ -733,7 +733,8 @@ def test_script_draws_samples(toy, tmp_path):
                                      'LOG_DIR': 'out/log'}), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     picture = Image.open(tmp_path / 'out' / 'log' / 'samples.png')
-    assert picture.size == (3 * 2 * 65, 4 * 65)      # 3 epochs, 4 samples
+    assert picture.size[0] == 3 * 2 * 65             # 3 epochs
+    assert picture.size[1] > 4 * 65                  # 4 samples, a legend
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines[:6]] == [
         'background', 'disc', 'square', 'triangle', 'star', 'ring']
@@ -746,8 +747,9 @@ def test_script_refuses_a_bad_label(copy, tmp_path):
     spoilt.write_bytes(spoilt.read_bytes()[:100])
     done = run('dataset.py', *words({**SMALL, 'DATA_ROOT': copy}),
                cwd=tmp_path)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert done.stderr.startswith(f'dataset.py: {spoilt} cannot be read')
+    *bar, line = done.stderr.splitlines()
+    assert done.returncode == 2 and 'Traceback' not in done.stderr
+    assert line.startswith(f'dataset.py: {spoilt} cannot be read')
 
 
 def test_script_refuses_words_it_does_not_know(small, monkeypatch, capsys):

@@ -102,7 +102,7 @@ def gradient(checkpoint, by_tensor):
 
 
 @pytest.mark.parametrize('dtype, steps, changes', (
-    ('float64', 5, {'ITER_VAL': 5, 'AVERAGE': 0.5}),
+    ('float64', 3, {'ITER_VAL': 3, 'AVERAGE': 0.5}),
     ('float32', 1, {'VAL_SPLIT': ''})))
 def test_two_processes_equal_one(small, dtype, steps, changes):
     """Loss, gradients (as momentum), weights, bases, BN's buffers."""

@@ -3,6 +3,7 @@ stand there.
 
     python -m pytest tests/test_recipes.py
 """
+import importlib
 import importlib.util
 import math
 import os
@@ -13,7 +14,7 @@ import subprocess
 
 import pytest
 import torch
-from conftest import REPO, SMALL, refused, run, words
+from conftest import REPO, SMALL, refused, words
 
 import baselines
 import dataset
@@ -37,6 +38,21 @@ def commands(heading, name='README.md'):
         '```')[0].replace('\\\n', ' ')
     return [shlex.split(line, comments=True) for line in block.splitlines()
             if line.strip() and not line.startswith('#')]
+
+
+@pytest.fixture
+def typed(tmp_path, monkeypatch, capsys):
+    """A script of README as typed in tmp_path, in this process."""
+    before = settings.as_dict()
+
+    def run_it(script, *given):
+        vars(settings).update(before)
+        settings._given.clear()
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr('sys.argv', [script, *given])
+        importlib.import_module(script.removesuffix('.py')).main()
+        return capsys.readouterr().out
+    return run_it
 
 
 # ------------------------------------------------- losses
@@ -191,7 +207,7 @@ def test_init_from_another_backbone_is_refused(small):
 
 
 # ------------------------------------------------- README's commands
-def test_the_three_stages(toy, tmp_path):
+def test_the_three_stages(toy, tmp_path, typed):
     """COCO, trainaug, trainval: each begins with the last one's weights."""
     for name, splits in (('coco', ('train', 'val')),
                          ('voc', ('trainaug', 'trainval', 'val'))):
@@ -208,15 +224,14 @@ def test_the_three_stages(toy, tmp_path):
                    if name != 'TRAIN_SPLIT'})
     for python, script, *given in stages:
         assert python == 'python'
-        done = run(script, *given, *small, 'ITER_MAX=2', cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        assert ('weights: models/' in done.stdout) == (given[0][:4] == 'INIT')
-        assert 'random' not in done.stdout.partition('weights: ')[2]
-        assert 'done: models/' in done.stdout
-    assert 'val mIoU' not in done.stdout        # stage three has no val
+        out = typed(script, *given, *small, 'ITER_MAX=2')
+        assert ('weights: models/' in out) == (given[0][:4] == 'INIT')
+        assert 'random' not in out.partition('weights: ')[2]
+        assert 'done: models/' in out
+    assert 'val mIoU' not in out                # stage three has no val
 
 
-def test_ones_own_pictures_in_three_commands(tmp_path):
+def test_ones_own_pictures_in_three_commands(tmp_path, typed):
     prepare.main(['toy', '--to', str(tmp_path / 'toy'), '--train', '16',
                   '--val', '4'])
     for folder, name in (('JPEGImages', 'photos'),
@@ -229,10 +244,9 @@ def test_ones_own_pictures_in_three_commands(tmp_path):
         if script == 'train.py':
             given += ['PRETRAINED=', 'ITER_MAX=2', 'CROP_SIZE=65',
                       'NUM_WORKERS=0', 'EM_CHANNELS=32', 'N_CLASSES=6']
-        done = run(script, *given, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-    assert re.search(r'mIoU \d+\.\d\d', done.stdout)
-    assert '4 images of val' in done.stdout
+        out = typed(script, *given)
+    assert re.search(r'mIoU \d+\.\d\d', out)
+    assert '4 images of val' in out
 
 
 @pytest.mark.parametrize('name', ('coco', 'cityscapes', 'context',

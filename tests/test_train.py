@@ -286,22 +286,22 @@ def test_compile_takes_the_backbone(small, monkeypatch):
 
 
 def test_it_learns(small, monkeypatch, toy):
-    """Four pictures by heart: a small EMANet, to a high mIoU on them, which
+    """Two pictures by heart: a small EMANet, to a high mIoU on them, which
     the fast ways of inference give as well."""
     lists = os.path.join(toy, 'ImageSets', 'Segmentation')
     with open(os.path.join(lists, 'train.txt')) as file:
-        few = file.read().split()[:4]
+        few = file.read().split()[:2]
     with open(os.path.join(lists, 'few.txt'), 'w') as file:
         file.write('\n'.join(few))
     vars(settings).update(
         TRAIN_SPLIT='few', VAL_SPLIT='few', ALLOW_OVERLAP=True,
         CROP_SIZE=97, STRIDE=8,
-        BATCH_SIZE=4, LR=0.01, ITER_MAX=90, SCALES=(1.0,), EM_CHANNELS=64,
+        BATCH_SIZE=2, LR=0.01, ITER_MAX=60, SCALES=(1.0,), EM_CHANNELS=64,
         EM_BASES=16, DROPOUT=0.0)
     rows = go(monkeypatch)
-    assert float(rows[90]['val_mIoU']) > 0.7
+    assert float(rows[60]['val_mIoU']) > 0.7
     before = sum(float(rows[step]['loss']) for step in range(1, 6))
-    after = sum(float(rows[step]['loss']) for step in range(86, 91))
+    after = sum(float(rows[step]['loss']) for step in range(56, 61))
     assert after < before / 4
 
     net, _ = eval.load_network('models/final.pth', 'cpu')
@@ -312,7 +312,7 @@ def test_it_learns(small, monkeypatch, toy):
         with torch.no_grad():
             found[settings.INFERENCE] = torch.cat([eval.classify(
                 run, dataset.normalise(image[None], 'cpu')).flatten()
-                for image, _, _ in data])
+                for image, _, _ in (data[0], data[1])])
     for name, least in (('folded', 0.9999), ('bf16', 0.995)):
         agree = (found[name] == found['plain']).float().mean()
         assert agree >= least, (name, agree)
