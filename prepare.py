@@ -599,6 +599,7 @@ def coco(args):
     check_counts('coco', dict(zip(('train', 'val'), pictures)))
     begin(root, 'coco', {})
     classes = {ID: i for i, ID in enumerate(COCO_IDS) if i}
+    colours = palette('voc')
     files = {split: name for _, split, name in zipped(
         notes, {'json': COCO_FILES['annotations']})}
     for split, archive, there in zip(('train', 'val'), archives, pictures):
@@ -609,9 +610,8 @@ def coco(args):
                         classes, files[split])
         found = {file[:-4]: parts for file, parts in found.items()
                  if file[:-4] in there and parts[1]}
-        convert([(paint, label_path(root, name), *parts, palette('voc'),
-                  COCO_LEAST) for name, parts in found.items()],
-                f'{split}, labels')
+        convert([(paint, label_path(root, name), *parts, colours, COCO_LEAST)
+                 for name, parts in found.items()], f'{split}, labels')
         lists[split] = [name for name in found
                         if os.path.exists(label_path(root, name))]
         convert([(copy, image_path(root, name), archive, there[name])
@@ -643,7 +643,8 @@ def context(args):
     check_counts('context', lists)
     begin(root, 'context', {})
     classes = {ID: i for i, ID in enumerate(CONTEXT_IDS) if i}
-    convert([(paint, label_path(root, file[:-4]), *parts, palette('context'))
+    colours = palette('context')
+    convert([(paint, label_path(root, file[:-4]), *parts, colours)
              for file, parts in objects(data, classes, notes).items()
              if re.fullmatch(VOC_ID + r'\.jpg', file)], 'labels')
     wanted = {*lists['train'], *lists['val']}

@@ -15,6 +15,7 @@ import subprocess
 import pytest
 import torch
 from conftest import REPO, SMALL, refused, words
+from test_scripts import block
 
 import baselines
 import dataset
@@ -26,17 +27,11 @@ import utils
 DRAWN = torch.Generator().manual_seed(0)
 
 
-def readme():
-    with open(os.path.join(REPO, 'README.md')) as file:
-        return file.read()
-
-
-def commands(heading, name='README.md'):
+def commands(heading):
     """The commands of the first shell block under a heading of README, split
     into words."""
-    block = readme().split(f'\n{heading}\n')[1].split('```sh\n')[1].split(
-        '```')[0].replace('\\\n', ' ')
-    return [shlex.split(line, comments=True) for line in block.splitlines()
+    lines = block('sh', f'\n{heading}\n').replace('\\\n', ' ')
+    return [shlex.split(line, comments=True) for line in lines.splitlines()
             if line.strip() and not line.startswith('#')]
 
 
@@ -253,8 +248,10 @@ def test_ones_own_pictures_in_three_commands(tmp_path, typed):
                                   'cocostuff'))
 def test_a_recipe_is_one_command_and_one_diff(name, tmp_path):
     """README's command and recipes/NAME.diff set the same."""
-    command = re.search(rf'`python train.py (DATA_ROOT=data/{name}\b[^`]*)`',
-                        readme())[1].split()
+    with open(os.path.join(REPO, 'README.md')) as file:
+        command = re.search(
+            rf'`python train.py (DATA_ROOT=data/{name}\b[^`]*)`',
+            file.read())[1].split()
     default = settings.as_dict()
     settings.take(command)
     wanted = settings.as_dict()
