@@ -1,16 +1,15 @@
-"""Reads a set in the VOC layout: samples, augmentation, loaders.
+"""Reads a data set in the VOC layout: samples, augmentation, loaders.
 
     DATA_ROOT/JPEGImages/ID.jpg, SegmentationClassAug/ID.png (class indices),
     ImageSets/Segmentation/SPLIT.txt, classes.txt (name r g b, a line each)
 
-Images and labels stay uint8 until they are on the device. What a sample looks
-like depends on SEED, the epoch and the sample alone, so neither the number of
-workers nor a resume changes it. Of a scaled image only the window that the
-crop shows is made, bit for bit as in the whole. `python dataset.py
-[KEY=VALUE ...]` draws augmented samples beside their labels.
+Images and labels stay uint8 until they are on the device. A sample depends on
+SEED, the epoch and its index alone, so neither the number of workers nor a
+resume changes it. Of a scaled image only the window that the crop shows is
+computed, bit for bit as in the whole. `python dataset.py [KEY=VALUE ...]`
+draws augmented samples beside their labels.
 """
 import functools
-import io
 import os
 import signal
 import sys
@@ -20,98 +19,29 @@ from fractions import Fraction
 import cv2
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 import settings
+import utils
+from lib import images
+from lib.visualize import draw_augmented
+from utils import UserError
 
 LISTS = os.path.join('ImageSets', 'Segmentation')
 LABELS = 'SegmentationClassAug'
 ORDER, AUGMENT = 1, 2        # what a random generator is for
-UNREADABLE = (OSError, ValueError, SyntaxError, cv2.error,
-              Image.DecompressionBombError)
 
 
-class BadSample(ValueError):
-    """A file of the set cannot be used.
-
-    Its text is one line, also where a worker process handed the error over
-    with its traceback.
-    """
-
-    def __str__(self):
-        last = super().__str__().strip().splitlines()[-1]
-        return last.removeprefix('dataset.BadSample: ')
-
-
-def _unreadable(path, kind, error):
-    reason = ' '.join(str(error).split()) or type(error).__name__
-    return BadSample(f'{path} cannot be read as a {kind} ({reason}); replace '
-                     f'it or take its id from the list')
-
-
-# ------------------------------------------------- files
-def read_image(path):
-    """Return a picture as (H, W, 3) uint8, RGB, rows as they are stored.
-
-    Raises BadSample. OpenCV fills up a truncated JPEG with grey and says
-    nothing, so a file without its end is left to Pillow to judge.
-    """
-    try:
-        data = np.fromfile(path, np.uint8)
-        if not data[-512:].tobytes().rstrip(b'\0').endswith(b'\xff\xd9'):
-            with Image.open(path) as image:
-                return np.array(image.convert('RGB'))
-        image = cv2.imdecode(
-            data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
-        if image is None:
-            raise OSError('no JPEG')
-    except UNREADABLE as error:
-        raise _unreadable(path, 'picture', error) from None
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-
-
-def read_label(path):
-    """Return a PNG's class indices, (H, W) uint8, palette or grey alike.
-
-    Raises BadSample for what is no PNG and for coloured masks.
-    """
-    try:
-        with open(path, 'rb') as file:
-            data = file.read()
-        with Image.open(io.BytesIO(data), formats=('PNG',)) as image:
-            mode, label = image.mode, np.array(image)
-    except UNREADABLE as error:
-        raise _unreadable(path, 'PNG', error) from None
-    if mode not in ('P', 'L', '1'):
-        raise BadSample(f'{path} is a PNG of mode {mode}; a label holds class '
-                        f'indices, 8-bit palette or grey')
-    label = label.astype(np.uint8)
-    depth, kind = data[24], data[25]        # grey of 2 or 4 bits: Pillow
-    if kind == 0 and depth in (2, 4):       # stretches it to 0..255
-        label //= 255 // (2 ** depth - 1)
-    return label
-
-
-def image_size(path):
-    """Return (H, W) of a picture, read from its header. Raises BadSample."""
-    try:
-        with Image.open(path) as image:
-            return image.size[::-1]
-    except UNREADABLE as error:
-        raise _unreadable(path, 'picture', error) from None
-
-
+# ------------------------------------------------- lists
 def read_ids(root, split):
     """Return the ids of a split, in the list's order.
 
     Where trainaug has no list (the official VOC tree with SegmentationClassAug
-    put beside it) it is every label but those of val. Raises
-    FileNotFoundError or ValueError that says what to do.
+    put beside it) it is every label but those of val. Raises UserError.
     """
     if not os.path.isdir(root):
-        raise FileNotFoundError(f'DATA_ROOT={root}: no such folder; make the '
-                                f'set with prepare.py, or set DATA_ROOT')
+        raise UserError(f'DATA_ROOT={root}: no such folder; make the data '
+                        f'set with prepare.py, or set DATA_ROOT')
     folder = os.path.join(root, LISTS)
     path = os.path.join(folder, f'{split}.txt')
     if os.path.isfile(path):
@@ -126,10 +56,10 @@ def read_ids(root, split):
         found = sorted(name[:-4] for name in os.listdir(folder)
                        if name.endswith('.txt')) if os.path.isdir(
                            folder) else []
-        raise FileNotFoundError(f'{path} is not there; the splits of this '
-                                f'set are: {", ".join(found) or "none"}')
+        raise UserError(f'{path} is not there; the splits of this data set '
+                        f'are: {", ".join(found) or "none"}')
     if not ids:
-        raise ValueError(f'{path} is empty: a split needs at least one id')
+        raise UserError(f'{path} is empty: a split needs at least one id')
     return ids
 
 
@@ -186,11 +116,14 @@ def scaled_label(label, scale, rows, columns):
 class Segmentation(Dataset):
     """One split; items are (image uint8 (3, H, W), label uint8 (H, W), ID).
 
-    train: whether items are augmented crops. data[i] is sample i as epoch 0
-    has it, data[epoch, i] as that epoch does. labelled: whether there are
-    labels; those of a split without any, as a test set's, are void. Raises
-    for a split that is not whole (FileNotFoundError names the first missing
-    file).
+    data[i] is sample i of epoch 0, data[epoch, i] of that epoch.
+
+    Args:
+        split: the name of a list in ImageSets/Segmentation.
+        train: items are augmented crops.
+        labelled: there are labels; those of a split without any, as a test
+            set's, are void.
+    Raises: UserError that names the first missing file.
     """
 
     def __init__(self, split, train, labelled=True):
@@ -204,15 +137,15 @@ class Segmentation(Dataset):
         self.counts = None      # or the pixels of each label value
         self.ids = read_ids(self.root, split)
         folders = ('JPEGImages', 'jpg'), (LABELS, 'png')
-        for folder, end in folders[:1 + labelled]:
+        for folder, extension in folders[:1 + labelled]:
             for i in range(len(self.ids)):
-                path = self.path(i, folder, end)
+                path = self.path(i, folder, extension)
                 if not os.path.isfile(path):
-                    raise FileNotFoundError(
-                        f'{path} is not there, but {split}.txt has its id')
+                    raise UserError(f'{path} is not there, but {split}.txt '
+                                    f'has its id')
 
-    def path(self, i, folder, end):
-        return os.path.join(self.root, folder, f'{self.ids[i]}.{end}')
+    def path(self, i, folder, extension):
+        return os.path.join(self.root, folder, f'{self.ids[i]}.{extension}')
 
     def __len__(self):
         return len(self.ids)
@@ -233,28 +166,28 @@ class Segmentation(Dataset):
             both, (h, w) = pixels[starts[i]:starts[i + 1]], sizes[i]
             return (both[:3 * h * w].reshape(h, w, 3),
                     both[3 * h * w:].reshape(h, w))
-        image = read_image(self.path(i, 'JPEGImages', 'jpg'))
+        image = images.read_image(self.path(i, 'JPEGImages', 'jpg'))
         if not self.labelled:
             return image, np.full(image.shape[:2], 255, np.uint8)
         label = self.label(i)
         if image.shape[:2] != label.shape:
-            raise self.sizes_differ(i, image.shape[:2], label.shape)
+            raise self._sizes_differ(i, image.shape[:2], label.shape)
         return image, label
 
     def label(self, i):
-        """Return label i, (H, W); BadSample names a value that is none."""
+        """Return label i, (H, W); UserError names a value that is none."""
         path = self.path(i, LABELS, 'png')
-        label = read_label(path)
+        label = images.read_label(path)
         wrong = label[(label >= self.n_classes) & (label != self.ignore)]
         if wrong.size:
-            raise BadSample(
+            raise UserError(
                 f'{path} has the label value {wrong.max()}; there are '
                 f'0 to {self.n_classes - 1} (N_CLASSES={self.n_classes}) and '
                 f'{self.ignore} for void (IGNORE_LABEL)')
         return label
 
-    def sizes_differ(self, i, image, label):
-        return BadSample(
+    def _sizes_differ(self, i, image, label):
+        return UserError(
             f'{self.path(i, "JPEGImages", "jpg")} has {image[1]} x {image[0]} '
             f'pixels, its label {label[1]} x {label[0]}; make them equal')
 
@@ -286,53 +219,53 @@ class Segmentation(Dataset):
                                        cv2.BORDER_CONSTANT, value=self.ignore)
         return image, label
 
-    def check(self, progress=iter):
-        """Read every label and every picture's size; return the number of
+    def scan_labels(self, progress=iter):
+        """Read every label and every image's size; return the number of
         pixels of each label value, (256,) int64.
 
-        progress: a bar to go through the results with. Raises BadSample for
-        the first fault, ValueError where no label holds a class beside the
-        background, which 0 and 255 for object would look like.
+        progress: a bar to iterate with. Raises UserError for the first fault,
+        and where no label holds a class beside the background, which 0 and
+        255 for object would look like.
         """
         def count(i):
             label = self.label(i)
-            size = image_size(self.path(i, 'JPEGImages', 'jpg'))
+            size = images.image_size(self.path(i, 'JPEGImages', 'jpg'))
             if size != label.shape:
-                raise self.sizes_differ(i, size, label.shape)
+                raise self._sizes_differ(i, size, label.shape)
             return np.bincount(label.ravel(), minlength=256)
         total = np.zeros(256, np.int64)
         for counts in progress(_in_threads(count, len(self))):
             total += counts
         if not total[1:255].any() and total[255] and self.ignore == 255:
-            raise ValueError(
+            raise UserError(
                 f'the labels of {self.split} hold 0 and 255 alone, and 255 is '
                 f'void (IGNORE_LABEL): write the object as 1, or there is '
                 f'nothing to learn')
         self.counts = total
         return total
 
-    def pixels(self):
+    def class_pixels(self):
         """Return the number of pixels of each class, (n_classes,) int64;
-        reads the labels unless check() has."""
-        counts = self.check() if self.counts is None else self.counts
+        reads the labels unless scan_labels() has."""
+        counts = self.scan_labels() if self.counts is None else self.counts
         return np.where(np.arange(256) == self.ignore, 0, counts)[
             :self.n_classes]
 
-    def sizes(self):
-        """Return [(H, W)] of all pictures, read from their headers."""
-        return list(_in_threads(lambda i: image_size(
+    def image_sizes(self):
+        """Return [(H, W)] of all images, read from their headers."""
+        return list(_in_threads(lambda i: images.image_size(
             self.path(i, 'JPEGImages', 'jpg')), len(self)))
 
-    def keep(self, progress=iter):
+    def cache_in_memory(self, progress=iter):
         """Decode all items into memory, to be read from there. Raises
-        ValueError where this machine has not enough."""
-        sizes = self.sizes()
+        UserError where this machine has not enough."""
+        sizes = self.image_sizes()
         starts = np.cumsum([0] + [4 * h * w for h, w in sizes]).tolist()
         there = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
         if starts[-1] > there:
-            raise ValueError(f'CACHE=True: the images of {self.split} take '
-                             f'{starts[-1] / 1e9:.1f} GB of memory, this '
-                             f'machine has {there / 1e9:.1f}; set CACHE=False')
+            raise UserError(f'CACHE=True: the images of {self.split} take '
+                            f'{starts[-1] / 1e9:.1f} GB of memory, this '
+                            f'machine has {there / 1e9:.1f}; set CACHE=False')
         pixels = np.empty(starts[-1], np.uint8)
 
         def fill(i):
@@ -351,13 +284,18 @@ def _in_threads(do, count):
         yield from pool.map(do, range(count))
 
 
-class Batches(Sampler):
-    """The keys (epoch, sample) of what one process reads, from the step after
-    `start` on: ACCUM lists a step, in turn.
+class BatchSampler(Sampler):
+    """Lists of the keys (epoch, index) that one process reads, from the step
+    after `start` on: ACCUM lists a step.
 
-    Every epoch is shuffled anew by SEED; what does not fill a batch at its
-    end is dropped. A step's batch depends on the step alone; its parts, one
-    after the other, are split evenly over the processes.
+    Every epoch is shuffled anew by SEED; an incomplete batch at its end is
+    dropped. A step's batch depends on the step alone; its parts, one after
+    the other, are split evenly over the processes.
+
+    Args:
+        size: the number of samples.
+        start: the step of the checkpoint that is resumed.
+        rank, world: this process, and how many there are.
     """
 
     def __init__(self, size, start=0, rank=0, world=1):
@@ -387,14 +325,14 @@ class Batches(Sampler):
 # ------------------------------------------------- loaders
 def train_loader(data, start=0, rank=0, world=1, progress=iter):
     """Return a loader of what process `rank` of `world` reads in the steps
-    start + 1 to ITER_MAX, ACCUM batches a step; progress: of CACHE."""
+    start + 1 to ITER_MAX, ACCUM batches a step; progress: of CACHE.
+    Raises UserError for fewer images than a batch."""
     if len(data) < settings.BATCH_SIZE:
-        raise ValueError(f'BATCH_SIZE={settings.BATCH_SIZE}, but '
-                         f'{data.split} has {len(data)} images; make the '
-                         f'batch smaller')
+        raise UserError(f'BATCH_SIZE={settings.BATCH_SIZE}, but {data.split} '
+                        f'has {len(data)} images; make the batch smaller')
     if settings.CACHE:
-        data.keep(progress)
-    return _loader(data, batch_sampler=Batches(len(data), start, rank, world))
+        data.cache_in_memory(progress)
+    return _loader(data, BatchSampler(len(data), start, rank, world))
 
 
 def val_loader(data, rank=0, world=1, batch=1):
@@ -402,127 +340,84 @@ def val_loader(data, rank=0, world=1, batch=1):
     `batch` images of one size at a time."""
     mine, by_size = range(rank, len(data), world), {}
     if batch == 1:
-        return _loader(data, batch_sampler=[[i] for i in mine])
-    sizes = data.sizes()
+        return _loader(data, [[i] for i in mine])
+    sizes = data.image_sizes()
     for i in mine:
         by_size.setdefault(sizes[i], []).append(i)
-    return _loader(data, batch_sampler=[
-        same[i:i + batch] for same in by_size.values()
-        for i in range(0, len(same), batch)])
+    return _loader(data, [same[i:i + batch] for same in by_size.values()
+                          for i in range(0, len(same), batch)])
 
 
-def _loader(data, **words):
+def _loader(data, batch_sampler):
     """Return a loader that leaves the global random state alone."""
-    shared = (settings.CACHE and settings.NUM_WORKERS       # pages, with the
-              and sys.platform == 'linux')                  # main process
-    return DataLoader(data, num_workers=settings.NUM_WORKERS,
+    shares_cache = (settings.CACHE and settings.NUM_WORKERS     # its pages,
+                    and sys.platform == 'linux')                # by a fork
+    return DataLoader(data, batch_sampler=batch_sampler,
+                      num_workers=settings.NUM_WORKERS,
                       pin_memory=torch.cuda.is_available(),
                       worker_init_fn=_start_worker, collate_fn=_collate,
-                      multiprocessing_context='fork' if shared else None,
-                      generator=torch.Generator(), **words)
+                      multiprocessing_context='fork' if shares_cache else None,
+                      generator=torch.Generator())
 
 
 def _collate(samples):
-    """Return (image (b, 3, H, W), label (b, H, W), IDs) of some samples;
-    the image lies in memory as decoders give it and convolutions like it,
-    channels last."""
-    images, labels, names = zip(*samples)
-    images = default_collate([image.permute(1, 2, 0) for image in images])
-    return images.permute(0, 3, 1, 2), default_collate(labels), names
+    """Return (image (b, 3, H, W), label (b, H, W), IDs) of samples; the image
+    lies in memory as decoders return it, channels last."""
+    image, label, names = zip(*samples)
+    image = default_collate([each.permute(1, 2, 0) for each in image])
+    return image.permute(0, 3, 1, 2), default_collate(label), names
 
 
-def keep_memory():
-    """Have glibc keep the memory of freed images for the next: it does so
-    for blocks up to the size of the largest that was freed, 32 MB at most.
-    Asking the system for it each time costs a third of a sample's time."""
+def retain_freed_memory():
+    """Have glibc reuse the memory of freed images: it does so for blocks up to
+    the size of the largest that was freed, 32 MB at most. Asking the system
+    for it each time costs a third of a sample's time."""
     np.empty(31 << 20, np.uint8)
 
 
 def _start_worker(worker):
     cv2.setNumThreads(0)                            # workers are the threads
-    keep_memory()
+    retain_freed_memory()
     for number in (signal.SIGINT, signal.SIGTERM):  # are for the main
         signal.signal(number, signal.SIG_IGN)       # process, which ends us
 
 
 def to_device(loader, device):
-    """Yield a loader's (image, label, IDs) on the device. To a GPU, each is
-    copied while the one before is computed with."""
-    if device.type != 'cuda':
-        for image, label, names in loader:
-            yield image.to(device), label.to(device), names
-        return
-    side, coming = torch.cuda.Stream(device), None
+    """Yield a loader's (image, label, IDs) on the device; copies of pinned
+    memory to a GPU do not wait."""
+    is_gpu = device.type == 'cuda'
     for image, label, names in loader:
-        with torch.cuda.stream(side):
-            batch = (image.to(device, non_blocking=True),
-                     label.to(device, non_blocking=True))
-            copied = side.record_event()
-        if coming:
-            yield _arrived(*coming)
-        coming = batch, copied, names
-    if coming:
-        yield _arrived(*coming)
-
-
-def _arrived(batch, copied, names):
-    """Return what the current stream may use once it was copied."""
-    now = torch.cuda.current_stream()
-    now.wait_event(copied)
-    for tensor in batch:
-        tensor.record_stream(now)       # freed no earlier than it is used
-    return *batch, names
+        yield (image.to(device, non_blocking=is_gpu),
+               label.to(device, non_blocking=is_gpu), names)
 
 
 def normalise(image, device):
     """Return images uint8 (b, 3, H, W) as floats (torch's default, float32)
     on the device, mean taken off and divided by std."""
-    image = image.to(device, torch.get_default_dtype(), non_blocking=True)
+    image = image.to(device, torch.get_default_dtype())
     mean, std = (torch.tensor(x, device=device).view(3, 1, 1)
                  for x in (settings.MEAN, settings.STD))
     return (image / 255 - mean) / std
 
 
-def sheet(data, colours, rows=4, epochs=3, most=256):
-    """Return augmented samples beside their labels, (H', W', 3) uint8, a row
-    a picture, and the classes that occur; cells of `most` pixels at most."""
-    table, seen = np.array(colours, np.uint8), set()
-    side = min(data.crop, most)
-
-    def cell(x, interpolation):
-        return cv2.resize(x, (side, side), interpolation=interpolation)
-
-    def pair(epoch, i):
-        image, label, _ = data[epoch, i]
-        seen.update(np.unique(label).tolist())
-        return np.hstack([
-            cell(image.permute(1, 2, 0).numpy(), cv2.INTER_AREA),
-            cell(table[label], cv2.INTER_NEAREST)])
-    return np.vstack([np.hstack([pair(epoch, i) for epoch in range(epochs)])
-                      for i in range(min(rows, len(data)))]), sorted(seen)
-
-
+# ------------------------------------------------- a look at it
 def main():
-    import eval
-    import utils
-    settings.take(sys.argv[1:])
+    settings.override_all(sys.argv[1:])
+    settings.validate()
     data = Segmentation(settings.TRAIN_SPLIT, train=True)
-    names, colours = utils.read_classes(data.root, data.n_classes)
-    data.check(lambda results: utils.progress(results, total=len(data),
-                                              desc='check', leave=False))
-    table = utils.full_palette(colours)
-    pictures, seen = sheet(data, table)
+    names, colours = images.read_classes(data.root, data.n_classes)
+    data.scan_labels(lambda results: utils.progress(
+        results, total=len(data), desc='check', leave=False))
+    rows = [[data[epoch, i] for epoch in range(3)]
+            for i in range(min(4, len(data)))]
     path = os.path.join(settings.LOG_DIR, 'samples.png')
     os.makedirs(settings.LOG_DIR, exist_ok=True)
-    Image.fromarray(np.vstack([pictures, eval.legend(
-        pictures.shape[1], [names[i] if i < len(names) else 'void'
-                            for i in seen], table[seen])])).save(path)
-    counts = data.pixels()
+    images.save_image(draw_augmented(rows, names, colours), path)
+    counts = data.class_pixels()
     for name, count in zip(names, counts):
         print(f'{name:20} {100 * count / counts.sum():6.2f}%')
     print(f'{len(data)} images; samples of three epochs are in {path}')
 
 
 if __name__ == '__main__':
-    import utils
-    utils.launch(main)
+    utils.run_main(main)

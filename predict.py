@@ -1,165 +1,115 @@
-"""Segments pictures, folders and videos; exports the network.
+"""Segments images, folders and videos.
 
     python predict.py FILE... [CHECKPOINT] [--to DIR] [KEY=VALUE ...]
-    python predict.py --export NET.onnx [FILE...] [CHECKPOINT] [KEY=VALUE ...]
 
 CHECKPOINT (.pth, or an exported .safetensors or .onnx) is models/final.pth if
 not named; DIR is `predictions`. FILE.jpg becomes
 
     DIR/FILE.png               a palette mask, the class of each pixel
-    DIR/FILE.overlay.jpg       the classes over the picture, with a legend
+    DIR/FILE.overlay.jpg       the classes over the image, with a legend
     DIR/FILE.prob.npy          --probabilities: float16 (n, H, W)
     DIR/FILE.attention.jpg     --attention: what the EM bases attend to
     DIR/FILE.em.jpg            --em: that, after each EM iteration
 
-A folder is searched through; its pictures keep their places in it. A video
+A folder is searched through; its images keep their places in it. A video
 becomes DIR/VIDEO.overlay.mp4, its frames DIR/VIDEO/000000.png and so on.
---export writes NET.onnx, checked against PyTorch on the FILEs, or the weights
-alone as NET.safetensors. Shapes: b pictures, n classes, T iterations, k
-bases, H x W pixels.
+Shapes: b images, n classes, H x W pixels.
 """
 import argparse
-import contextlib
-import json
-import math
 import os
-import shutil
 import sys
 
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 
 import dataset
 import eval
+import heads
 import settings
-import utils
+from lib import visualize
+from lib.checkpoint import find_checkpoint, get_classes
+from lib.distributed import pick_devices_for
+from lib.images import read_any_image, save_image, save_label, writing
+from lib.video import OverlayVideo, count_frames, read_frames
+from utils import RunError, UserError, atomic_write, log, progress, run_main
 
-PICTURES = ('.jpg', '.jpeg', '.png', '.bmp', '.gif', '.ppm', '.tif', '.tiff',
-            '.webp')         # what is taken of a folder, and
+IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.gif', '.ppm', '.tif', '.tiff',
+          '.webp')           # what is taken of a folder, and
 VIDEOS = ('.avi', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.webm')
 WEIGHTS = ('.pth', '.safetensors', '.onnx')
-AGREE = 0.999                # share of pixels that an export has to get right
 
 
 # ------------------------------------------------- files
-def read_picture(path):
-    """Return any picture that Pillow reads as (H, W, 3) uint8 RGB, turned
-    upright, 16 bits made 8, on white where it is transparent. Raises
-    ValueError."""
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith('I'):
-                grey = np.asarray(image)
-                grey = grey // 257 if grey.max() > 255 else grey
-                image = Image.fromarray(np.uint8(grey.clip(0, 255)))
-            if image.has_transparency_data:
-                image = image.convert('RGBA')
-                white = Image.new('RGBA', image.size, 'white')
-                image = Image.alpha_composite(white, image)
-            return np.array(image.convert('RGB'))
-    except dataset.UNREADABLE as error:
-        raise ValueError(f'{path} cannot be read as a picture ({error})'
-                         ) from None
-
-
-def search(file, folder):
-    """Yield (file, name) of a file, or of what a folder holds, but for
-    hidden files and the output folder; name: its place in the folder."""
+def find_files(file, output):
+    """Yield (file, name) of a file, or of a folder's images and videos but
+    for hidden ones and the output folder; name: its place in the folder."""
     if not os.path.exists(file):
-        raise FileNotFoundError(f'{file} is not there')
+        raise UserError(f'{file} is not there')
     if not os.path.isdir(file):
         yield file, os.path.basename(file)
     for root, folders, names in os.walk(file):
         folders[:] = sorted(
             name for name in folders if not name.startswith('.')
-            and not _same(os.path.join(root, name), folder))
+            and not is_same_file(os.path.join(root, name), output))
         for name in sorted(names):
-            if name.lower().endswith(PICTURES + VIDEOS) and name[0] != '.':
+            if name.lower().endswith(IMAGES + VIDEOS) and name[0] != '.':
                 path = os.path.join(root, name)
                 yield path, os.path.relpath(path, file)
 
 
-def _same(path, other):
+def is_same_file(path, other):
+    """Tell whether two paths lead to one place; neither need exist."""
     return os.path.realpath(path) == os.path.realpath(other)
 
 
-def outputs(files, folder):
-    """Return {file: path without ending}, folders searched through; raise
-    ValueError where two files would be written to one, or one over itself,
-    FileNotFoundError for a file not there."""
-    names = {}
+def output_paths(files, folder):
+    """Return {file: path of its results without ending}, folders searched.
+
+    Raises UserError for a file that is not there, two that would be written
+    to one, and one that would be written over by its mask.
+    """
+    sources = {}
     for file, place in [pair for each in files
-                        for pair in search(each, folder)]:
+                        for pair in find_files(each, folder)]:
         name = os.path.splitext(place)[0]
-        if name in names:
-            raise ValueError(f'{names[name]} and {file} would both be '
-                             f'written as {name}; rename one')
-        if _same(file, os.path.join(folder, f'{name}.png')):
-            raise ValueError(f'{file} would be written over by its mask; '
-                             f'name another folder by --to')
-        names[name] = file
-    if not names:
-        raise ValueError(f'{", ".join(files)}: no picture ('
-                         f'{", ".join(PICTURES)}) and no video is in there')
-    return {file: os.path.join(folder, name) for name, file in names.items()}
+        if name in sources:
+            raise UserError(f'{sources[name]} and {file} would both be '
+                            f'written as {name}; rename one')
+        if is_same_file(file, os.path.join(folder, f'{name}.png')):
+            raise UserError(f'{file} would be written over by its mask; '
+                            f'name another folder by --to')
+        sources[name] = file
+    if not sources:
+        raise UserError(f'{", ".join(files)}: no image '
+                        f'({", ".join(IMAGES)}) and no video is in there')
+    return {file: os.path.join(folder, name)
+            for name, file in sources.items()}
 
 
-@contextlib.contextmanager
-def writing(path):
-    """Make the folder of a path; raise OSError that names the path when what
-    is done meanwhile cannot be written."""
-    try:
-        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-        yield
-    except OSError as error:
-        raise OSError(f'{path} cannot be written ({error}); make room, or '
-                      f'name another place') from None
-
-
-def pictures(paths, faults):
-    """Yield (path, picture) of {file: path}; add a line to the faults for
-    each that cannot be read."""
+def read_images(paths, errors):
+    """Yield (path, image) of {file: path}; add a line to errors for each that
+    cannot be read."""
     for file, path in paths.items():
         try:
-            image = read_picture(file)
-        except ValueError as error:
-            faults.append(str(error))
+            image = read_any_image(file)
+        except UserError as error:
+            errors.append(str(error))
         else:
             yield path, image
 
 
-def frames(video, file, path, faults):
-    """Yield (path, picture) of a video's frames, which are numbered from 0;
-    add a line to the faults where there are less than its header tells."""
-    told, count = frame_count(video), 0
-    while (read := video.read())[0]:
-        yield (os.path.join(path, f'{count:06}'),
-               cv2.cvtColor(read[1], cv2.COLOR_BGR2RGB))
-        count += 1
-    if count < max(1, 0.95 * told):         # headers are not exact
-        faults.append(f'{file} cannot be read as a video' if not count else
-                      f'{file} ends after {count} of {told} frames')
-
-
-def frame_count(video):
-    """Return how many frames a video's header tells of, 0 if none."""
-    return max(0, int(video.get(cv2.CAP_PROP_FRAME_COUNT)))
-
-
-def batches(items, device):
-    """Yield lists of items (path, picture) that come one after another, are
-    of one size, and are seen at once; huge pictures are seen alone."""
+def group_by_size(items, batch_size):
+    """Yield lists of consecutive items (path, image) of one size; images that
+    need a sliding window come alone."""
     batch = []
     for path, image in items:
         if batch and batch[0][1].shape != image.shape:
             yield batch
             batch = []
         batch.append((path, image))
-        huge = eval.window_side(image.shape[:2], settings.EVAL_SCALES)
-        if huge or len(batch) == eval.batch_size(device):
+        if len(batch) == batch_size or eval.window_size(
+                image.shape[:2], settings.EVAL_SCALES):
             yield batch
             batch = []
     if batch:
@@ -167,322 +117,160 @@ def batches(items, device):
 
 
 # ------------------------------------------------- results
-@torch.no_grad()
-def segment(net, images, device, files=()):
-    """Return the class of each pixel, (b, H, W) uint8, of pictures (b, H, W,
-    3) uint8; scales and flip as EVAL_SCALES and EVAL_FLIP say.
-
-    net: what eval.prepared gives. files: arrays (n, H, W) that take the
-    probabilities of each, part by part.
-    """
-    batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-    batch = dataset.normalise(batch, device)                # (b, 3, H, W)
-    given = net, batch, settings.EVAL_SCALES, settings.EVAL_FLIP
-    if not files:
-        return eval.classify(*given).cpu().numpy()
-    pred = np.empty((len(images), *batch.shape[2:]), np.uint8)
-    for rows, columns, prob in eval.parts(*given):          # (b, n, h, w)
-        for file, one in zip(files, prob.cpu().numpy()):
-            file[:, rows, columns] = one
-        pred[:, rows, columns] = eval.likeliest(prob).cpu().numpy()
-    return pred
-
-
-@contextlib.contextmanager
-def probability_files(paths, size):
-    """Give an array (n, H, W) float16 for each path, which lies on the disk,
-    not in memory: those of a huge picture take gigabytes."""
-    shape = settings.N_CLASSES, *size
-    wanted = 2 * math.prod(shape) * len(paths)
-    free = shutil.disk_usage(os.path.dirname(paths[0])).free
-    if free < wanted:
-        raise OSError(f'{paths[0]} cannot be written: probabilities take '
-                      f'{wanted / 1e9:.1f} GB, {free / 1e9:.1f} GB are free')
-    with contextlib.ExitStack() as stack:
-        with writing(paths[0]):
-            files = [np.lib.format.open_memmap(
-                stack.enter_context(utils.atomic(path)), 'w+', np.float16,
-                shape) for path in paths]
-        yield files
-
-
-class Film:
-    """A video of overlays, begun with the first: the legend has all classes,
-    so that all are of one size."""
-
-    def __init__(self, path, rate):
-        self.path, self.rate, self.writer = path, rate, None
-
-    def add(self, page):
-        """Add an overlay (H, W, 3) uint8; codecs want even sides."""
-        height, width = page.shape[:2]
-        page = cv2.copyMakeBorder(
-            cv2.cvtColor(page, cv2.COLOR_RGB2BGR), 0, height % 2, 0,
-            width % 2, cv2.BORDER_REPLICATE)
-        with writing(self.path):
-            if self.writer is None:
-                self.writer = cv2.VideoWriter(
-                    self.path, cv2.VideoWriter.fourcc(*'mp4v'), self.rate,
-                    page.shape[1::-1])
-            if not self.writer.isOpened():
-                raise OSError('OpenCV has no writer for it')
-            self.writer.write(page)
-
-    def close(self):
-        if self.writer:
-            self.writer.release()
-
-
-def draw_em(image, bases, maps):
-    """Return a page of maps (T, bases, h, w) over a picture: a row for each
-    basis, a column for each iteration, each row with one scale."""
-    small, panels, captions = eval.fitted(image), [], []
-    for i, row in zip(bases, maps.swapaxes(0, 1)):          # (T, h, w)
-        panels += [small] + [eval.heat(small, z / row.max()) for z in row]
-        captions += [f'basis {i}, up to {row.max():.2f}'] + [
-            f'iteration {t + 1}' for t in range(len(row))]
-    return eval.grid(panels, captions, len(maps) + 1)
-
-
-def chosen_bases(net, text):
-    """Return the bases that --bases names; raise ValueError for others."""
+def parse_bases(text, net):
+    """Return the bases that --bases names; raise UserError for others."""
     words = text.split(',') if text else []
-    count = eval.em_unit(net).mu.shape[2]
+    count = eval.ema_unit(net).mu.shape[2]
     if not all(word.isdecimal() and int(word) < count for word in words):
-        raise ValueError(f'--bases {text}: name some of 0 to {count - 1}, '
-                         f'such as --bases 0,{count - 1}')
+        raise UserError(f'--bases {text}: name some of 0 to {count - 1}, '
+                        f'such as --bases 0,{count - 1}')
     return [int(word) for word in words]
 
 
-# ------------------------------------------------- pictures in, results out
 class Predictor:
-    """A network, and what is asked of it."""
+    """A network, and what to write of its predictions."""
 
-    def __init__(self, path, asked):
-        self.device = eval.devices_for(path)[0]
-        self.net, checkpoint = eval.load_network(path, self.device)
-        self.names, self.colours = eval.classes_of(checkpoint)
-        self.run, self.asked = eval.prepared(self.net), asked
-        if asked.attention or asked.em:
-            self.bases = chosen_bases(self.net, asked.bases)
+    def __init__(self, path, args):
+        self.device = pick_devices_for(path)[0]
+        self.net, checkpoint = heads.load_network(path, self.device)
+        self.names, self.colours = get_classes(checkpoint)
+        self.prepared, self.args = eval.prepare_network(self.net), args
+        self.needs_maps = args.attention or args.em
+        self.bases = parse_bases(args.bases, self.net) if (
+            self.needs_maps) else []
 
-    def see(self, items, bar, film=None):
-        """Write the results of items (path, picture); the overlays become
-        the film's, if there is one."""
-        for batch in batches(items, self.device):
-            paths, images = zip(*batch)
+    def predict(self, items, bar, errors, video=None):
+        """Write the results of items (path, image); overlays go into the
+        video, if there is one. What is too large for the memory gets a line
+        in errors."""
+        for batch in group_by_size(items, eval.eval_batch_size(self.device)):
+            paths, images = zip(*batch, strict=True)
             for path in paths:
                 with writing(f'{path}.png'):
                     pass                # before the network's long work
-            if self.asked.probabilities:
-                with probability_files([f'{path}.prob.npy' for path in paths],
-                                       images[0].shape[:2]) as files:
-                    preds = segment(self.run, images, self.device, files)
-            else:
-                preds = segment(self.run, images, self.device)
-            for path, image, pred in zip(paths, images, preds):
-                self.write(path, image, pred, film)
+            try:
+                preds, probs = self.segment(images)
+            except UserError as error:
+                errors += [f'{path}.png: {error}' for path in paths]
+                if video:
+                    return              # all frames are of one size
+                continue
+            for path, image, pred, prob in zip(paths, images, preds, probs,
+                                               strict=True):
+                self.write(path, image, pred, prob, video)
                 bar.update()
 
-    def write(self, path, image, pred, film):
-        """Write a picture's mask and drawings."""
-        pages = {}
-        overlay = eval.overlay(image, pred, self.names, self.colours,
-                               film is not None)
-        if film:
-            film.add(overlay)
-        else:
-            pages['overlay'] = overlay
-        if self.asked.attention or self.asked.em:
-            bases, shares, maps = eval.look(self.net, image, self.device,
-                                            self.bases)
-        if self.asked.attention:
-            pages['attention'] = eval.draw_attention(image, bases, shares,
-                                                     maps)
-        if self.asked.em:
-            pages['em'] = draw_em(image, bases, maps)
+    @torch.no_grad()
+    def segment(self, images):
+        """Return the classes (b, H, W) uint8 of images [(H, W, 3) uint8], and
+        their probabilities (b, n, H, W), or a None for each."""
+        batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+        batch = dataset.normalise(batch, self.device)           # (b, 3, H, W)
+        given = (self.prepared, batch, settings.EVAL_SCALES,
+                 settings.EVAL_FLIP)
+        if not self.args.probabilities:
+            return (eval.predict_classes(*given).cpu().numpy(),
+                    [None] * len(images))
+        prob = eval.infer(*given)                               # (b, n, H, W)
+        return (prob.max(1).indices.to(torch.uint8).cpu().numpy(),
+                prob.cpu().numpy())
+
+    def write(self, path, image, pred, prob, video):
+        """Write an image's mask, probabilities and drawings."""
+        pages = self.draw(image, pred, video is not None)
+        if video:
+            video.add(pages.pop('overlay'))
         with writing(f'{path}.png'):
-            utils.save_label(pred, f'{path}.png', self.colours)
+            save_label(pred, f'{path}.png', self.colours)
             for name, page in pages.items():
-                Image.fromarray(page).save(f'{path}.{name}.jpg', quality=92)
+                save_image(page, f'{path}.{name}.jpg', quality=92)
+        if prob is not None:
+            path = f'{path}.prob.npy'
+            with (writing(path), atomic_write(path, flush=False) as part,
+                  open(part, 'wb') as file):
+                np.save(file, prob.astype(np.float16))
 
-
-def predict(files, weights, asked):
-    """Write the results of files; raise OSError at the end that names those
-    which cannot be read."""
-    paths, faults = outputs(files, asked.to), []
-    predictor = Predictor(eval.find_checkpoint(weights), asked)
-    videos = [file for file in paths if file.lower().endswith(VIDEOS)]
-    images = {file: to for file, to in paths.items() if file not in videos}
-    with utils.progress(total=len(images), desc='predict',
-                        unit='picture') as bar:
-        predictor.see(pictures(images, faults), bar)
-        for file in videos:
-            video = cv2.VideoCapture(file)
-            bar.total += frame_count(video)
-            film = Film(f'{paths[file]}.overlay.mp4',
-                        video.get(cv2.CAP_PROP_FPS) or 25)
-            predictor.see(frames(video, file, paths[file], faults), bar, film)
-            film.close()
-        done = bar.n
-    utils.log(f'{done} pictures: masks and overlays are in {asked.to}')
-    if faults and len(paths) > 1:
-        faults = [f'{len(faults)} of {len(paths)} files could not be read to '
-                  f'their end:', *faults]
-    if faults:
-        raise OSError('\n  '.join(faults))
-
-
-# ------------------------------------------------- export
-class Padded(torch.nn.Module):
-    """A network that pads its image (b, 3, H, W) by itself, and so may be
-    given any size."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-
-    def forward(self, image):
-        return eval.logits(self.net, image)
-
-
-def record(checkpoint):
-    """Return what travels in an exported file, {name: JSON}; see
-    eval.recorded_in."""
-    names, colours = eval.classes_of(checkpoint)
-    return {name: json.dumps(value) for name, value in {
-        'classes': names, 'colours': colours, 'mean': settings.MEAN,
-        'std': settings.STD, 'step': checkpoint.get('step'),
-        'git': checkpoint.get('git', utils.git_hash()), 'settings': {
-            name: getattr(settings, name) for name in settings._NETWORK},
-    }.items()}
-
-
-def write_safetensors(net, texts, path):
-    """Write a network's weights, with the texts of `record`."""
-    data = utils.needed('safetensors.torch').save(
-        {key: value.contiguous() for key, value in net.state_dict().items()},
-        texts)
-    with (writing(path), utils.atomic(path) as part,
-          open(part, 'wb') as file):
-        file.write(data)
-    utils.log(f'{path}: the weights, and {", ".join(texts)}')
-
-
-@torch.no_grad()
-def write_onnx(net, texts, path, images):
-    """Write a network with the texts of `record`: image (b, 3, H, W) float32,
-    normalised, of any size, to logits (b, n, H, W).
-
-    Raises RuntimeError, and writes nothing, unless onnxruntime finds in
-    images (H, W, 3) uint8 what PyTorch does.
-    """
-    for module in ('onnx', 'onnxscript', 'onnxruntime'):
-        utils.needed(module)
-    utils.log(f'{path}: the network is traced, for a minute or less')
-    sizes = {0: 'batch', 2: 'height', 3: 'width'}
-    program = torch.onnx.export(
-        Padded(net).eval(), (torch.zeros(2, 3, 70, 90),), dynamo=True,
-        verbose=False, input_names=['image'], output_names=['logits'],
-        dynamic_shapes={'image': sizes})
-    program.model.metadata_props.update(texts)
-    with writing(path), utils.atomic(path) as part:
-        program.save(part, external_data=False)
-        share, far = agreement(net, eval.Onnx(part), images)
-        if share < AGREE:
-            raise RuntimeError(f'{path} is not written: onnxruntime agrees '
-                               f'with PyTorch on {share:.2%} of pixels alone')
-    utils.log(f'{path}: onnxruntime gives {share:.3%} of the pixels of '
-              f'{len(images)} pictures the class that PyTorch gives them; '
-              f'logits differ by {far:.1g} at most')
-
-
-def agreement(net, other, images):
-    """Return (share of pixels with the same class, greatest difference of
-    logits) of two networks, on pictures at the first of EVAL_SCALES."""
-    same = count = far = 0
-    for image in images:
-        x = torch.from_numpy(image).permute(2, 0, 1)[None]
-        x = eval.resize(dataset.normalise(x, 'cpu'), eval.scaled_size(
-            image.shape[:2], settings.EVAL_SCALES[0]))
-        a, b = eval.logits(net, x), other(x)
-        same += int((a.argmax(1) == b.argmax(1)).sum())
-        count, far = count + a[0, 0].numel(), max(far, float(
-            (a - b).abs().max()))
-    return same / count, far
-
-
-def generated():
-    """Return pictures to check an export with, soft blots of two sizes."""
-    random = np.random.default_rng(0)
-    return [cv2.resize(random.integers(0, 256, (8, 8, 3), np.uint8), size,
-                       interpolation=cv2.INTER_CUBIC)
-            for size in ((150, 101), (64, 97))]
-
-
-def export(path, checkpoint_path, files):
-    """Write a network to a file, the way that its ending says."""
-    if checkpoint_path.endswith('.onnx'):
-        raise ValueError(f'{checkpoint_path} is exported already; name a '
-                         f'.pth')
-    if settings.INFERENCE != 'plain':
-        raise ValueError(f'INFERENCE={settings.INFERENCE}: the network is '
-                         f'exported as it is; INFERENCE=plain')
-    images = [read_picture(file) for file in files] or generated()
-    net, checkpoint = eval.load_network(checkpoint_path, torch.device('cpu'))
-    texts = record(checkpoint)
-    if path.endswith('.onnx'):
-        write_onnx(net, texts, path, images)
-    else:
-        write_safetensors(net, texts, path)
+    def draw(self, image, pred, is_frame):
+        """Return {name: (H', W', 3) uint8} of what is drawn of an image; all
+        frames' legends list all classes, and so are of one size."""
+        pages = {'overlay': visualize.overlay(
+            image, pred, self.names, self.colours, all_classes=is_frame)}
+        if self.needs_maps:
+            bases, shares, maps = eval.attention_maps(
+                self.net, image, self.device, self.bases)
+        if self.args.attention:
+            pages['attention'] = visualize.draw_attention(image, bases,
+                                                          shares, maps)
+        if self.args.em:
+            pages['em'] = visualize.draw_em(image, bases, maps)
+        return pages
 
 
 # ------------------------------------------------- the command
+def predict(files, weights, args):
+    """Write the results of files; raise RunError at the end that names those
+    which cannot be read."""
+    paths, errors = output_paths(files, args.to), []
+    predictor = Predictor(find_checkpoint(weights), args)
+    videos = [file for file in paths if file.lower().endswith(VIDEOS)]
+    images = {file: to for file, to in paths.items() if file not in videos}
+    with progress(total=len(images), desc='predict', unit='image') as bar:
+        predictor.predict(read_images(images, errors), bar, errors)
+        for file in videos:
+            source = cv2.VideoCapture(file)
+            bar.total += count_frames(source)
+            video = OverlayVideo(f'{paths[file]}.overlay.mp4',
+                                 source.get(cv2.CAP_PROP_FPS) or 25)
+            predictor.predict(read_frames(source, file, paths[file], errors),
+                              bar, errors, video)
+            video.close()
+    log(f'{bar.n} images: masks and overlays are in {args.to}')
+    if errors and len(paths) > 1:
+        errors = [f'{len(errors)} of {len(paths)} files could not be '
+                  f'segmented to their end:', *errors]
+    if errors:
+        raise RunError('\n  '.join(errors))
+
+
+def split_files(files):
+    """Return (images, checkpoint or None) of the files that were named."""
+    weights = [file for file in files if file.endswith(WEIGHTS)]
+    if len(weights) > 1:
+        raise UserError(f'{", ".join(weights)}: name one checkpoint at most')
+    return ([file for file in files if file not in weights],
+            weights[0] if weights else None)
+
+
 def parse(words):
-    """Return (what is asked, checkpoint or None, files)."""
+    """Return (arguments, checkpoint or None, files to segment)."""
+    if any(word.partition('=')[0] == '--export' for word in words):
+        raise UserError('--export is a command of its own: '
+                        'python -m tools.export FILE.onnx')
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.
         RawDescriptionHelpFormatter, usage='predict.py FILE... '
-        '[CHECKPOINT] [--to DIR] [KEY=VALUE ...]')
-    parser.add_argument('files', nargs='*', help=argparse.SUPPRESS)
-    parser.add_argument('--to', metavar='DIR')
+        '[CHECKPOINT] [--to DIR] [KEY=VALUE ...]',
+        epilog=settings.describe())
+    parser.add_argument('files', nargs='+', help=argparse.SUPPRESS)
+    parser.add_argument('--to', metavar='DIR', default='predictions')
     for name in ('probabilities', 'attention', 'em'):
         parser.add_argument(f'--{name}', action='store_true')
     parser.add_argument('--bases', metavar='I,J,...', default='',
-                        help=f'draw these, not {eval.SHOWN} telling ones')
-    parser.add_argument('--export', metavar='FILE', default='')
-    asked = parser.parse_intermixed_args(words)
-    weights = [file for file in asked.files if file.endswith(WEIGHTS)]
-    files = [file for file in asked.files if file not in weights]
-    if len(weights) > 1 or not files and not asked.export:
-        raise ValueError(f'{len(files)} pictures and {len(weights)} '
-                         f'checkpoints are named; name pictures, and one '
-                         f'checkpoint at most')
-    if asked.bases and not (asked.attention or asked.em):
-        raise ValueError(f'--bases {asked.bases}: of what? Add --attention '
-                         f'or --em')
-    if asked.export and (asked.to or asked.probabilities or asked.attention
-                         or asked.em):
-        raise ValueError(f'--export {asked.export}: the network is written, '
-                         f'and nothing is predicted; leave the other options')
-    asked.to = asked.to or 'predictions'
-    if asked.export and not asked.export.endswith(WEIGHTS[1:]):
-        raise ValueError(f'--export {asked.export}: it ends in .onnx or '
-                         f'.safetensors')
-    if asked.export.endswith('.safetensors') and files:
-        raise ValueError(f'{files[0]}: weights alone are exported, and '
-                         f'nothing is checked on pictures')
-    return asked, weights[0] if weights else None, files
+                        help='draw these, not the most diverse ones')
+    args = parser.parse_intermixed_args(words)
+    files, weights = split_files(args.files)
+    if not files:
+        raise UserError(f'{weights}: name images to segment as well')
+    if args.bases and not (args.attention or args.em):
+        raise UserError(f'--bases {args.bases}: of what? Add --attention or '
+                        f'--em')
+    return args, weights, files
 
 
 def main():
-    asked, weights, files = parse(settings.override(sys.argv[1:]))
-    eval.check_settings()
-    if asked.export:
-        export(asked.export, eval.find_checkpoint(weights), files)
-    else:
-        predict(files, weights, asked)
+    args, weights, files = parse(settings.override(sys.argv[1:]))
+    predict(files, weights, args)
 
 
 if __name__ == '__main__':
-    utils.launch(main)
+    run_main(main)

@@ -2,54 +2,53 @@
 
     python train.py [KEY=VALUE ...]
 
-Goes on from MODEL_DIR/latest.pth where that is there (`sh clean.sh` starts
+Resumes from MODEL_DIR/latest.pth where that is there (`sh clean.sh` starts
 anew). Writes latest.pth, step_N.pth, best.pth and final.pth into MODEL_DIR;
 TensorBoard's events, log.csv and settings.json into LOG_DIR. The recipe is the
 paper's, as the 2019 code ran it. Shapes: b images, n classes, H x W pixels.
 """
-import ast
-import contextlib
-import difflib
+import argparse
 import math
 import os
 import shutil
-import sys
-import tempfile
 import time
-import warnings
 
+import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-import baselines
 import dataset
 import eval
+import heads
 import network
 import settings
 import utils
+from lib import checkpoint, distributed, visualize
+from lib.images import read_classes
+from lib.logger import Logger
+from lib.pretrained import load_initial_weights
+from utils import RunError, UserError
 
-WEIGHTS = 'models'           # where downloaded backbone weights are kept
-FREEZES = ('', 'bn', 'backbone')
-AMPS = ('auto', 'off', 'bf16', 'fp16')
-LOSSES = ('cross_entropy', 'ohem')
-LEAST = {1: 'BATCH_SIZE ACCUM ITER_MAX ITER_SAVE LR_DECAY CROP_SIZE STRIDE '
-            'EM_CHANNELS EM_BASES',
-         0: 'ITER_VAL NUM_WORKERS SEED'}
+VAL_IMAGES = 4               # of the validation split that TensorBoard shows
 
 
-# ------------------------------------------------- loss and optimizer
+# ------------------------------------------------- loss
 def segmentation_loss(logits, label, weight=None):
-    """Return the cross-entropy of logits (b, n, H, W) and label (b, H, W);
-    weight: of the classes, (n,).
+    """Return the mean cross-entropy, with LOSS=ohem of hard pixels alone.
 
-    Void pixels cost nothing but count: the mean is over all pixels, as in
-    the 2019 code. (reduction='mean' has no deterministic kernel on CUDA.)
-    With LOSS=ohem it is over an image's hard pixels, then over the images.
+    Void pixels have no loss but stay in the denominator, as in the 2019 code;
+    OHEM averages over the hard pixels of an image, then over the images.
+    (reduction='mean' has no deterministic kernel on CUDA.)
+
+    Args:
+        logits: (b, n, H, W).
+        label: (b, H, W), class indices and IGNORE_LABEL.
+        weight: (n,) of the classes, or None.
     """
     label = label.long()
-    loss = F.cross_entropy(network.wide(logits), label, reduction='none',
+    loss = F.cross_entropy(network.to_float32(logits), label, reduction='none',
                            ignore_index=settings.IGNORE_LABEL)  # (b, H, W)
     hard = hard_pixels(loss, label) if settings.LOSS == 'ohem' else None
     if weight is not None:
@@ -63,64 +62,46 @@ def segmentation_loss(logits, label, weight=None):
 def hard_pixels(loss, label):
     """Return which pixels are hard, (b, H, W) bool, by their cross-entropy:
     the class of the label has a probability below OHEM_THRESHOLD, or the
-    pixel is among the OHEM_LEAST share of its image that is hardest.
+    pixel is among the OHEM_MIN_KEPT share of its image that is hardest.
 
     Source: online hard example mining (Shrivastava et al., CVPR 2016), of
     pixels as the field has it. Differs: by image, not by batch, so that the
     loss does not depend on how a batch is split.
     """
     flat = loss.detach().flatten(1)                             # (b, H * W)
-    least = max(1, int(settings.OHEM_LEAST * flat.shape[1]))
-    bound = flat.topk(least).values[:, -1:].clamp(
+    n_kept = max(1, int(settings.OHEM_MIN_KEPT * flat.shape[1]))
+    bound = flat.topk(n_kept).values[:, -1:].clamp(
         max=-math.log(settings.OHEM_THRESHOLD))
     hard = (flat >= bound).view(loss.shape)
     return hard & (label != settings.IGNORE_LABEL)
 
 
-def given_weights():
-    """Return the numbers of CLASS_WEIGHTS, [float]; [] where it has none.
-    Raises ValueError."""
-    given, n = settings.CLASS_WEIGHTS, settings.N_CLASSES
-    if given in ('', 'auto'):
-        return []
-    try:
-        numbers = [float(x) for x in (ast.literal_eval(given) if isinstance(
-            given, str) else given)]
-    except (ValueError, SyntaxError, TypeError):
-        numbers = []
-    if len(numbers) != n or not 0 <= min(numbers) <= max(
-            numbers) < math.inf or not any(numbers):
-        raise ValueError(f'CLASS_WEIGHTS={given}: it is "", "auto", or '
-                         f'{n} numbers of at least 0 (N_CLASSES={n})')
-    return numbers
-
-
 def class_weights(data, device):
-    """Return the weights of the classes in the loss, (n,) on the device; None
-    for equal ones.
+    """Return the weights of the classes in the loss, (n,), None for equal.
 
-    'auto': 1 / ln(1.02 + a class's share of the labelled pixels), scaled so
-    that a pixel weighs 1 on average. Source: Paszke et al., "ENet"
-    (arXiv 1606.02147), section 5.2.
+    With BALANCE_CLASSES: 1 / ln(1.02 + a class's share of the labelled
+    pixels), scaled so that a pixel weighs 1 on average. Source: Paszke et
+    al., "ENet" (arXiv 1606.02147), section 5.2.
     """
-    weight = torch.tensor(given_weights())
-    if settings.CLASS_WEIGHTS == 'auto':
-        counts = utils.gather(None if utils.rank() else
-                              data.pixels().tolist())[0]
+    weight = torch.tensor(settings.CLASS_WEIGHTS)
+    if settings.BALANCE_CLASSES:
+        counts = distributed.gather(None if utils.rank() else
+                                    data.class_pixels().tolist())[0]
         share = torch.tensor(counts, dtype=torch.float64) / sum(counts)
         weight = 1 / torch.log(1.02 + share)
         weight = (weight / (weight * share).sum()).float()
-        utils.log('CLASS_WEIGHTS=auto: ' + ' '.join(
+        utils.log('class weights: ' + ' '.join(
             f'{x:.3g}' for x in weight.tolist()))
     return weight.to(device) if len(weight) else None
 
 
+# ------------------------------------------------- optimizer
 def param_groups(net):
-    """Return SGD's three groups: weights of convolutions (decayed), all
-    biases (twice the rate), and the rest, which is the weights of batch norm
-    and learned bases. Frozen parameters are in none. 'times' multiplies the
-    rate."""
-    weights, biases, rest = [], [], []
+    """Return SGD's three groups: weights of convolutions (decayed), the
+    weights of batch norm and learned bases, and all biases (twice the
+    learning rate). Frozen parameters are in none. 'lr_factor' multiplies the
+    learning rate."""
+    weights, biases, others = [], [], []
     for module in net.modules():
         for name, param in module.named_parameters(recurse=False):
             if not param.requires_grad:
@@ -130,436 +111,326 @@ def param_groups(net):
             elif name.endswith('weight') and param.ndim > 1:
                 weights.append(param)
             else:
-                rest.append(param)
+                others.append(param)
     return [{'params': weights, 'weight_decay': settings.WEIGHT_DECAY,
-             'times': 1},
-            {'params': rest, 'weight_decay': 0.0, 'times': 1},
-            {'params': biases, 'weight_decay': 0.0, 'times': 2}]
+             'lr_factor': 1},
+            {'params': others, 'weight_decay': 0.0, 'lr_factor': 1},
+            {'params': biases, 'weight_decay': 0.0, 'lr_factor': 2}]
 
 
-def set_rate(optimizer, step):
-    """Set the rate of a step, from 1, and return it."""
-    rate = utils.poly_lr(step, settings.LR, settings.ITER_MAX,
-                         settings.POLY_POWER, settings.LR_DECAY)
+def set_learning_rate(optimizer, step):
+    """Set the learning rate of a step, counted from 1, and return it."""
+    lr = utils.poly_lr(step, settings.LR, settings.ITER_MAX,
+                       settings.POLY_POWER, settings.LR_DECAY)
     for group in optimizer.param_groups:
-        group['lr'] = rate * group['times']
-    return rate
+        group['lr'] = lr * group['lr_factor']
+    return lr
 
 
-def distributed(net):
-    """Return the net, its gradients the mean over all processes."""
-    if utils.world() == 1:
-        return net
-    with warnings.catch_warnings():     # its new name is not in every torch
-        warnings.filterwarnings('ignore', '.*broadcast_buffers')
-        return DistributedDataParallel(net, broadcast_buffers=False)
-
-
-def together(model, last):
-    """Return a context in which processes exchange gradients with the last
-    part of a step alone."""
-    many = isinstance(model, DistributedDataParallel)
-    return contextlib.nullcontext() if last or not many else model.no_sync()
-
-
-def gradients(model, batches, scaler, device, weight):
-    """Add up the gradients of a step's parts; return (its loss, on the
-    device, the images' IDs). weight: of the classes."""
-    loss, ids, amp = torch.zeros((), device=device), [], amp_dtype(device)
-    for part in range(settings.ACCUM):
-        image, label, names = next(batches)         # (b, 3, H, W), (b, H, W)
-        image = dataset.normalise(image, device).contiguous(
-            memory_format=layout(device))
-        with together(model, part == settings.ACCUM - 1):
-            with torch.autocast(device.type, amp, enabled=amp is not None):
-                logits = model(image)                       # (b, n, H, W)
-            share = segmentation_loss(logits, label, weight) / settings.ACCUM
-            scaler.scale(share).backward()
-        loss, ids = loss + share.detach(), [*ids, *names]
-    return loss, ids
-
-
-def watch(net, loss, optimizer, scaler):
-    """Return the figures that a step is watched by, {name: number on the
-    device}: its loss, the norm of its gradient, what an EMA unit did."""
-    scaler.unscale_(optimizer)
-    norm = torch.nn.utils.get_total_norm(
-        param.grad for param in net.parameters() if param.grad is not None)
-    return {'loss': loss, 'grad_norm': norm, **{
-        f'EM/{name}': number for unit in network.ema_units(net)
-        for name, number in unit.figures.items()}}
-
-
-def settle(step, ids, told, figures, log, bar):
-    """Wait for what was told of a step, check its loss, write the step's
-    figures; return whether to stop. Raises RuntimeError, with the images,
-    unless the loss is finite."""
-    found, stopping = told.read()
-    loss = found['loss']
-    if not math.isfinite(loss):
-        raise RuntimeError(f'the loss is {loss} at step {step}, images '
-                           f'{", ".join(ids)}; nothing was saved since the '
-                           f'last latest.pth. Try a lower LR')
-    log.write(step, **found, **figures)
-    bar.set_postfix(loss=f'{loss:.3f}', lr=f'{figures["lr"]:.2e}',
-                    images_s=f'{figures["images_per_s"]:.1f}', refresh=False)
-    return stopping
-
-
-# ------------------------------------------------- before the first step
-def check_settings(processes=1):
-    """Raise ValueError for settings that no run of so many processes has."""
-    s = settings
-    for least, names in LEAST.items():
-        for name in names.split():
-            if getattr(s, name) < least:
-                raise ValueError(f'{name}={getattr(s, name)}: it is at least '
-                                 f'{least}')
-    if s.BATCH_SIZE % (s.ACCUM * processes):
-        raise ValueError(f'BATCH_SIZE={s.BATCH_SIZE} does not divide into '
-                         f'{processes} processes with ACCUM={s.ACCUM} parts '
-                         f'each; change one of them (DEVICES)')
-    if not s.SCALES or min(s.SCALES) <= 0:
-        raise ValueError(f'SCALES={s.SCALES}: name at least one, all above 0')
-    for name, choices in (('FREEZE', FREEZES), ('AMP', AMPS),
-                          ('LOSS', LOSSES)):
-        if getattr(s, name) not in choices:
-            raise ValueError(f'{name}={getattr(s, name)}: it can be '
-                             f'{", ".join(map(repr, choices))}')
-    for name in ('AVERAGE', 'DROPOUT'):
-        if not 0 <= getattr(s, name) < 1:
-            raise ValueError(f'{name}={getattr(s, name)}: a share of 0 to '
-                             f'below 1')
-    for name in ('OHEM_THRESHOLD', 'OHEM_LEAST'):
-        if not 0 < getattr(s, name) <= 1:
-            raise ValueError(f'{name}={getattr(s, name)}: above 0, up to 1')
-    given_weights()
-    if s.INIT_FROM and not os.path.isfile(s.INIT_FROM):
-        raise FileNotFoundError(f'INIT_FROM={s.INIT_FROM} is not there; name '
-                                f'a checkpoint, such as models/final.pth of '
-                                f'another run')
-    if s.COMPILE and s.RECOMPUTE:
-        raise ValueError('COMPILE=True and RECOMPUTE=True do not go together;'
-                         ' a compiled backbone keeps less by itself')
-    if s.COMPILE and not any(map(shutil.which, [
-            os.environ.get('CXX', 'c++'), 'g++', 'clang++'])):
-        raise ValueError('COMPILE=True: torch.compile needs a C++ compiler, '
-                         'and there is no g++; install it or set '
-                         'COMPILE=False')
-    baselines.check_settings()
-    eval.check_settings()
-    if s.CROP_SIZE % s.STRIDE != 1:
-        near = s.CROP_SIZE // s.STRIDE * s.STRIDE + 1
-        utils.log(f'warning: CROP_SIZE={s.CROP_SIZE} is not k * STRIDE + 1, '
-                  f'so that training and evaluation see different grids; '
-                  f'{near} is')
-
-
-def check_folders():
-    """Raise OSError unless checkpoints and logs can be written."""
-    for name in ('MODEL_DIR', 'LOG_DIR'):
-        folder = getattr(settings, name)
-        try:
-            os.makedirs(folder, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        except OSError as error:
-            raise OSError(f'{name}={folder}: nothing can be written there '
-                          f'({error.strerror}); name another folder'
-                          ) from None
-
-
-def check_apart(train_set, val_set):
-    """Raise ValueError where images are in both, unless ALLOW_OVERLAP;
-    val_set: '' for none."""
-    both = sorted({*train_set.ids} & {*(val_set and val_set.ids)})
-    if both and not settings.ALLOW_OVERLAP:
-        raise ValueError(f'{len(both)} images of {val_set.split} are in '
-                         f'{train_set.split} too, such as {both[0]}: their '
-                         f'score would say nothing. Set VAL_SPLIT= for no '
-                         f'validation, or ALLOW_OVERLAP=True')
-
-
-def load_start(net):
-    """Load the weights to begin with: INIT_FROM's, else the backbone that
-    PRETRAINED names, fetched if need be."""
-    if not settings.INIT_FROM:
-        load_pretrained(net)
-        return
-    path = settings.INIT_FROM
-    left, drawn = network.load_fitting(
-        net, utils.load_checkpoint(path)['net'], path)
-    for text, keys in (('not taken from it', left),
-                       ('not in it and so random', drawn)):
-        path += f'; {text}: {", ".join(keys)}' if keys else ''
-    utils.log(f'weights: {path}')
-
-
-def load_pretrained(net):
-    """Load the backbone weights that PRETRAINED names."""
-    path = pretrained_file()
-    if path is None:
-        utils.log('backbone: random weights' + (
-            '; warning: FREEZE keeps them so' if settings.FREEZE else ''))
-        return
-    missing = network.load_backbone(net.extractor, utils.load(path), path,
-                                    settings.PRETRAINED_PARTIAL)
-    utils.log(f'backbone: {path}' + (
-        f'; not in it and so random: {", ".join(missing)}' if missing else ''))
-
-
-def pretrained_file():
-    """Return the path of the backbone weights, None if none are wanted."""
-    name, s = settings.PRETRAINED, settings
-    if not name:
-        return None
-    if name == 'auto':
-        name = network.USUAL.get((s.STEM, s.N_LAYERS))
-        if name is None:
-            raise ValueError(f'PRETRAINED=auto: no weights are known for '
-                             f'N_LAYERS={s.N_LAYERS} with STEM={s.STEM}; '
-                             f'name a file, or set PRETRAINED= for none')
-    if os.path.isfile(name):
-        return name
-    if name not in network.KNOWN:
-        near = difflib.get_close_matches(name, network.KNOWN, 1, 0.0)[0]
-        raise ValueError(f'PRETRAINED={name} is neither a file nor a known '
-                         f'name; the nearest known is {near}')
-    folder, digest = network.KNOWN[name]
-    path = os.path.join(WEIGHTS, f'{name}.pth')
-    if os.path.exists(path):
-        utils.check_hash(path, digest)
-    else:
-        utils.download(f'{folder}{name}.pth', path, digest)
-    return path
-
-
-def freeze(net):
-    """Take from the optimizer what FREEZE says; tell the EMA unit how many
-    parts a step has."""
-    if settings.FREEZE == 'backbone':
-        net.extractor.requires_grad_(False)
-    for unit in network.ema_units(net):
-        unit.accum = settings.ACCUM
-
-
-def set_training(net):
-    """Put the net into training mode, but for statistics that are frozen."""
-    net.train()
-    if settings.FREEZE:
-        net.extractor.eval()        # nothing but batch norm has modes there
-
-
+# ------------------------------------------------- one step
 def amp_dtype(device):
-    """Return the type that convolutions run in under AMP, None for float32.
-    """
+    """Return the type that AMP runs convolutions in, None for float32."""
     if settings.AMP == 'auto':
-        native = device.type == 'cuda' and torch.cuda.is_bf16_supported(
+        is_native = device.type == 'cuda' and torch.cuda.is_bf16_supported(
             including_emulation=False)
-        return torch.bfloat16 if native else None
+        return torch.bfloat16 if is_native else None
     return {'off': None, 'bf16': torch.bfloat16,
             'fp16': torch.float16}[settings.AMP]
 
 
-def layout(device):
-    """Return the memory format that a step is fastest in: channels last, but
-    on a CPU in float32."""
-    plain = device.type == 'cpu' and amp_dtype(device) is None
-    return torch.contiguous_format if plain else torch.channels_last
+def memory_format(device):
+    """Return the fastest layout of a step: channels last, but contiguous in
+    float32 on a CPU."""
+    is_plain = device.type == 'cpu' and amp_dtype(device) is None
+    return torch.contiguous_format if is_plain else torch.channels_last
 
 
-# ------------------------------------------------- checkpoints
-def checkpoint(run, step, best, whole):
-    """Return what eval.py and predict.py need: weights, settings, classes;
-    with whole, also what the run goes on from. All processes call it.
+def backward(model, batches, scaler, device, weight):
+    """Accumulate the gradients of a step's ACCUM micro-batches; return (its
+    loss, a scalar on the device, the images' IDs). weight: of the classes."""
+    loss, ids, amp = torch.zeros((), device=device), [], amp_dtype(device)
+    for micro in range(settings.ACCUM):
+        image, label, names = next(batches)         # (b, 3, H, W), (b, H, W)
+        image = dataset.normalise(image, device).contiguous(
+            memory_format=memory_format(device))
+        with distributed.skip_sync(model, micro < settings.ACCUM - 1):
+            with torch.autocast(device.type, amp, enabled=amp is not None):
+                logits = model(image)                       # (b, n, H, W)
+            micro_loss = segmentation_loss(
+                logits, label, weight) / settings.ACCUM
+            scaler.scale(micro_loss).backward()
+        loss, ids = loss + micro_loss.detach(), [*ids, *names]
+    return loss, ids
 
-    run: {name: what has a state_dict}.
+
+def step_metrics(net, loss, optimizer, scaler):
+    """Return {name: scalar on the device} of a step: its loss, the norm of
+    its gradient, what an EMA unit recorded."""
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.get_total_norm(
+        param.grad for param in net.parameters() if param.grad is not None)
+    return {'loss': loss, 'grad_norm': norm, **{
+        f'EM/{name}': value for unit in network.ema_units(net)
+        for name, value in unit.metrics.items()}}
+
+
+def read_metrics(pending, stop):
+    """Read the metrics of steps from the device, means over all processes.
+
+    Args:
+        pending: [(step, images' IDs, learning rate, {name: scalar on the
+            device})]; it is emptied.
+        stop: this process was asked to stop.
+    Returns: ([(step, {name: float})], whether any process was asked to).
+    Raises: RunError, with step and images, for a loss that is not finite.
     """
-    names, colours = utils.read_classes(settings.DATA_ROOT,
-                                        settings.N_CLASSES)
-    state = {'step': step, 'best': best, 'settings': settings.as_dict(),
-             'classes': names, 'colours': colours, 'git': utils.git_hash(),
-             'versions': utils.versions(),
-             'processes': utils.world()}
-    for name, part in run.items():
-        if whole or name in ('net', 'average'):
-            state[name] = part.state_dict()
-    if whole:
-        state['random'] = utils.gather(utils.random_state())
-    return state
+    with torch.no_grad():
+        values = torch.stack([value.float() for *_, metrics in pending
+                              for value in metrics.values()])
+        values = torch.cat([values, values.new_tensor([float(bool(stop))])])
+        if utils.world() > 1:
+            dist.all_reduce(values)
+            values /= utils.world()
+    *values, stopping = values.tolist()
+    rows, values = [], iter(values)
+    for step, ids, lr, metrics in pending:
+        metrics = dict(zip(metrics, values))    # the next len(metrics) values
+        if not math.isfinite(metrics['loss']):
+            raise RunError(f'the loss is {metrics["loss"]} at step {step}, '
+                           f'images {", ".join(ids)}; nothing was saved since '
+                           f'the last latest.pth. Try a lower LR')
+        rows.append((step, {**metrics, 'lr': lr}))
+    pending.clear()
+    return rows, stopping > 0
 
 
-def resume(path, run):
-    """Put everything back as latest.pth has it; return (step, best mIoU).
+def log_steps(rows, speed, logger, bar):
+    """Record the metrics of steps [(step, {name: float})] and show the
+    last; speed: images/s."""
+    for step, metrics in rows:
+        logger.log_metrics(step, **metrics, images_per_s=speed)
+    last = rows[-1][1]
+    bar.set_postfix(loss=f'{last["loss"]:.3f}', lr=f'{last["lr"]:.2e}',
+                    images_s=f'{speed:.1f}', refresh=False)
 
-    Raises ValueError where a setting that alters the run has changed, or
-    the file cannot be gone on from.
-    """
-    state = utils.load(path)
-    if not isinstance(state, dict) or 'optimizer' not in state:
-        raise ValueError(f'{path} is no run to go on with: it holds no '
-                         f'optimizer. Move it away to start anew')
-    changed = settings.changed_since(state['settings'])
-    if changed:
-        listed = ', '.join(f'{name} {old!r} -> {new!r}'
-                           for name, (old, new) in changed.items())
-        raise ValueError(f'{path} is of a run with other settings ({listed});'
-                         f' put them back, or start anew with sh clean.sh')
-    for name, part in run.items():
-        if name in ('net', 'average'):
-            network.load_whole(part, state[name], path)
-        else:
-            part.load_state_dict(state[name])
-    if len(state['random']) == utils.world():
-        utils.set_random_state(state['random'][utils.rank()])
-    else:
-        utils.log(f'warning: {path} is of {len(state["random"])} processes, '
-                  f'these are {utils.world()}: dropout will differ')
-    for name, now in utils.versions().items():
-        if state['versions'].get(name) != now:
-            utils.log(f'warning: {path} was written with {name} '
-                      f'{state["versions"].get(name)}, this is {now}: the '
-                      f'run goes on, but not bit for bit')
-    utils.log(f'{path}: going on after step {state["step"]}')
-    return state['step'], state['best']
+
+# ------------------------------------------------- before the first step
+def check_run(processes):
+    """Raise UserError or RunError for what no run of so many processes can
+    do; warn of a crop that does not fit the grid."""
+    s = settings
+    settings.validate(for_training=True)
+    if s.BATCH_SIZE % (s.ACCUM * processes):
+        raise UserError(f'BATCH_SIZE={s.BATCH_SIZE} does not divide into '
+                        f'{processes} processes with ACCUM={s.ACCUM} '
+                        f'micro-batches each; change one of them (DEVICES)')
+    if s.INIT_FROM and not os.path.isfile(s.INIT_FROM):
+        raise UserError(f'INIT_FROM={s.INIT_FROM} is not there; name a '
+                        f'checkpoint, such as models/final.pth of another run')
+    if s.COMPILE and not any(map(shutil.which, [
+            os.environ.get('CXX', 'c++'), 'g++', 'clang++'])):
+        raise UserError('COMPILE=True: torch.compile needs a C++ compiler, '
+                        'and there is no g++; install it or set COMPILE=False')
+    if s.CROP_SIZE % s.STRIDE != 1:
+        utils.log(f'warning: CROP_SIZE={s.CROP_SIZE} is not k * STRIDE + 1, '
+                  f'so that training and evaluation see different grids; use '
+                  f'{s.CROP_SIZE // s.STRIDE * s.STRIDE + 1}')
+    for name in ('MODEL_DIR', 'LOG_DIR'):
+        checkpoint.check_writable(name, getattr(s, name))
+
+
+def open_data(device):
+    """Return the training and the validation split ('' for none), every label
+    read. Raises UserError where images are in both, unless ALLOW_OVERLAP, and
+    where one is too large to be validated."""
+    s, is_checked = settings, distributed.is_spawned()  # by its parent
+    train_set = eval.open_split(s.TRAIN_SPLIT, True, is_checked)
+    val_set = s.VAL_SPLIT and eval.open_split(s.VAL_SPLIT, False, is_checked)
+    both = sorted({*train_set.ids} & {*(val_set and val_set.ids)})
+    if both and not s.ALLOW_OVERLAP:
+        raise UserError(f'{len(both)} images of {val_set.split} are in '
+                        f'{train_set.split} too, such as {both[0]}: their '
+                        f'score would say nothing. Set VAL_SPLIT= for no '
+                        f'validation, or ALLOW_OVERLAP=True')
+    if val_set:
+        largest = max(val_set.image_sizes(), key=math.prod)
+        eval.check_memory((1, 3, *largest), device, s.EVAL_SCALES)
+    return train_set, val_set
+
+
+def build(device, is_new):
+    """Return (net, optimizer, loss scaler, averaged net or None), on the
+    device; is_new: load the weights to start from."""
+    s = settings
+    utils.seed_everything(s.SEED, s.DETERMINISTIC)
+    net = heads.build_network()
+    if is_new:
+        load_initial_weights(net)
+    if s.FREEZE == 'backbone':
+        net.extractor.requires_grad_(False)
+    for unit in network.ema_units(net):
+        unit.accum = s.ACCUM
+    net.to(device, memory_format=memory_format(device))
+    if utils.world() > 1:
+        net = distributed.sync_batch_norm(net)
+    net.extractor.recompute = s.RECOMPUTE
+    if s.COMPILE:
+        net.extractor.compile()
+    optimizer = torch.optim.SGD(param_groups(net), s.LR, s.LR_MOM, fused=True)
+    scaler = torch.amp.GradScaler(
+        device.type, enabled=amp_dtype(device) is torch.float16)
+    average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(
+        s.AVERAGE)) if s.AVERAGE else None
+    torch.manual_seed(s.SEED + utils.rank())    # dropout's, a process each
+    return net, optimizer, scaler, average
+
+
+def set_train_mode(net):
+    """Put the net into training mode, but for statistics that are frozen."""
+    net.train()
+    if settings.FREEZE:
+        net.extractor.eval()        # only its batch norm has modes
+
+
+# ------------------------------------------------- validation
+def validate(nets, data, step, logger):
+    """Evaluate nets {name of the metric: net}, the split shared by all
+    processes; return {name: value} of mIoU and each class's IoU. Images go to
+    the logger; the first net is put back into training mode."""
+    names, _ = read_classes(data.root, data.n_classes)
+    metrics, confusions = {}, []
+    with torch.compiler.set_stance('force_eager'):      # sizes vary
+        for metric, net in nets.items():
+            confusions.append(eval.evaluate(net, data))
+            scores = utils.scores(confusions[-1], settings.EVAL_CLASSES)
+            metrics[metric] = scores['mIoU']
+            metrics.update({
+                f'{metric.replace("val_m", "")}/{name}': iou
+                for name, iou in zip(names, scores['IoU']) if iou is not None})
+            utils.log(f'step {step}: {metric.replace("_", " ")} '
+                      f'{100 * scores["mIoU"]:.2f}')
+        net = nets['val_mIoU']
+        logger.add_images(step, validation_images(net, data, confusions[0]))
+    set_train_mode(net)
+    return metrics
+
+
+@torch.no_grad()
+def validation_images(net, data, confusion):
+    """Yield (name, page (H, W, 3) uint8) for TensorBoard: label, prediction
+    and error of VAL_IMAGES evenly spaced images, the attention maps of an EMA
+    unit, and the confusion matrix."""
+    device, run = eval.get_device(net), eval.prepare_network(net)
+    names, colours = read_classes(data.root, data.n_classes)
+    for i in np.unique(np.linspace(0, len(data) - 1, VAL_IMAGES).astype(int)):
+        image, label = data.read(i)                 # (H, W, 3), (H, W)
+        x = torch.from_numpy(image).permute(2, 0, 1)[None]  # (1, 3, H, W)
+        pred = eval.predict_classes(run, dataset.normalise(x, device),
+                                    settings.EVAL_SCALES, settings.EVAL_FLIP)
+        yield f'Val/{data.ids[i]}', visualize.draw_sample(
+            image, label, pred[0].cpu().numpy(), names, colours)
+        if network.ema_units(net):
+            yield f'ValBases/{data.ids[i]}', visualize.draw_attention(
+                image, *eval.attention_maps(net, image, device))
+    yield 'ValConfusion', visualize.plot_confusion(confusion, names)
 
 
 # ------------------------------------------------- the run
-def build(device, fresh):
-    """Return (net, optimizer, averaged net or None), on the device; fresh:
-    start from INIT_FROM or the pretrained backbone."""
-    utils.seed(settings.SEED, settings.DETERMINISTIC)
-    net = baselines.build_network()
-    if fresh:
-        load_start(net)
-    freeze(net)
-    net.to(device, memory_format=layout(device))
-    if utils.world() > 1:
-        net = network.sync_batch_norm(net)
-    net.extractor.recompute = settings.RECOMPUTE
-    if settings.COMPILE:
-        net.extractor.compile()
-    optimizer = torch.optim.SGD(param_groups(net), settings.LR,
-                                settings.LR_MOM, fused=True)
-    average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(
-        settings.AVERAGE)) if settings.AVERAGE else None
-    torch.manual_seed(settings.SEED + utils.rank())     # of dropout
-    return net, optimizer, average
-
-
-def validate(nets, data, step, figures, log):
-    """Add the val mIoU of each net {figure's name: net}, and IoU of each
-    class, to the figures, and say it; all processes share the images. Then
-    draw what the first net, which is put back into training mode, sees."""
-    classes, _ = utils.read_classes(data.root, data.n_classes)
-    confusions = []
-    with torch.compiler.set_stance('force_eager'):      # sizes vary
-        for name, net in nets.items():
-            confusions.append(eval.measure(net, data))
-            found = utils.scores(confusions[-1], settings.EVAL_CLASSES)
-            figures[name] = found['mIoU']
-            figures.update({
-                f'{name.replace("val_m", "")}/{class_name}': iou
-                for class_name, iou in zip(classes, found['IoU'])
-                if iou is not None})
-            utils.log(f'step {step}: {name.replace("_", " ")} '
-                      f'{100 * found["mIoU"]:.2f}')
-        net = nets['val_mIoU']
-        log.pictures(step, eval.drawings(net, data, confusions[0]))
-    set_training(net)
+def parse_arguments():
+    """Set the settings that the command line gives."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, usage='train.py [KEY=VALUE ...]',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=settings.describe())
+    settings.override_all(parser.parse_known_args()[1])
 
 
 def main():
-    settings.take(sys.argv[1:])
-    s, stop = settings, utils.StopRequest()
+    parse_arguments()
+    s, stop = settings, distributed.StopRequest()
 
-    # what can fail is tried before the first step
-    devices = utils.pick_devices(s.DEVICES)
-    check_settings(utils.world() if utils.launched() else len(devices))
-    check_folders()
-    checked = utils.spawned()       # by the process that started this one
-    train_set = eval.open_split(s.TRAIN_SPLIT, True, checked)
-    val_set = s.VAL_SPLIT and eval.open_split(s.VAL_SPLIT, False, checked)
-    check_apart(train_set, val_set)
-    device = utils.join(devices)
-    utils.log(f'device: {utils.describe_device(device)}, processes: '
+    # devices and data; whatever can fail is tried before the first step
+    devices = distributed.pick_devices(s.DEVICES)
+    check_run(utils.world() if utils.is_launched() else len(devices))
+    train_set, val_set = open_data(devices[0])
+    device = distributed.join(devices)
+    utils.log(f'device: {distributed.describe_device(device)}, processes: '
               f'{utils.world()}')
 
+    # network, optimizer, and where they continue from
     latest = os.path.join(s.MODEL_DIR, 'latest.pth')
-    resumed = utils.agreed(os.path.exists(latest), f'{latest} is there')
-    net, optimizer, average = build(device, fresh=not resumed)
-    scaler = torch.amp.GradScaler(
-        device.type, enabled=amp_dtype(device) is torch.float16)
+    is_resumed = distributed.assert_agreed(os.path.exists(latest),
+                                           f'{latest} is there')
+    net, optimizer, scaler, average = build(device, is_new=not is_resumed)
     nets = {'val_mIoU': net}
-    run = {'net': net, 'optimizer': optimizer, 'scaler': scaler}
+    parts = {'net': net, 'optimizer': optimizer, 'scaler': scaler}
     if average:
-        run['average'] = nets['val_mIoU_average'] = average.module
-    start, best = resume(latest, run) if resumed else (0, 0.0)
+        parts['average'] = nets['val_mIoU_average'] = average.module
+    start, best = checkpoint.restore(latest, parts) if is_resumed else (0, 0.0)
     if average:
         average.n_averaged.fill_(start)
-    model, weight = distributed(net), class_weights(train_set, device)
-    loader = dataset.train_loader(train_set, start, utils.rank(),
-                                  utils.world(), utils.progress)
-    log = utils.Log(s.LOG_DIR, start)
-    log.settings(s.as_dict())
+    model, weight = distributed.wrap_ddp(net), class_weights(train_set, device)
+    batches = dataset.to_device(dataset.train_loader(
+        train_set, start, utils.rank(), utils.world(), utils.progress), device)
+    logger = Logger(s.LOG_DIR, start)
+    logger.log_settings(s.as_dict())
 
-    def keep(name, whole=False):
-        state = checkpoint(run, step, best, whole)
+    def save(name, for_resume=False):
+        state = checkpoint.capture(parts, step, best, for_resume)
         if utils.rank() == 0:
-            utils.save(state, os.path.join(s.MODEL_DIR, name))
+            checkpoint.save(state, os.path.join(s.MODEL_DIR, name))
 
-    step, batches = start, dataset.to_device(loader, device)
+    step, pending, read_every = start, [], 1 if device.type == 'cpu' else 10
     bar = utils.progress(total=s.ITER_MAX, initial=start, desc='train',
                          unit='step')
-    set_training(net)
-    before, now = None, time.perf_counter()
+    set_train_mode(net)
+    began = time.perf_counter()
     for step in range(start + 1, s.ITER_MAX + 1):
-        rate = set_rate(optimizer, step)
-        loss, ids = gradients(model, batches, scaler, device, weight)
-        told = utils.Told(watch(net, loss, optimizer, scaler), bool(stop))
+        lr = set_learning_rate(optimizer, step)
+        loss, ids = backward(model, batches, scaler, device, weight)
+        pending.append((step, ids, lr, step_metrics(net, loss, optimizer,
+                                                    scaler)))
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
         if average:
             average.update_parameters(net)
-
-        # the loss is read a step late, while the device computes
-        stopping = before is not None and settle(*before, log, bar)
-        figures = {'lr': rate, 'images_per_s': s.BATCH_SIZE / (
-            time.perf_counter() - now)}
-        before = step, ids, told, figures
         bar.update()
 
-        last, better = step == s.ITER_MAX, False
-        if val_set and (last or s.ITER_VAL and step % s.ITER_VAL == 0):
-            validate(nets, val_set, step, figures, log)
-            better = figures['val_mIoU'] > best
-            best = max(best, figures['val_mIoU'])
-        often = last or step % max(1, s.ITER_SAVE // 10) == 0
-        seldom = step % s.ITER_SAVE == 0
-        if better or often or seldom or stopping:   # and before a save at once
-            stopping = settle(*before, log, bar) or stopping
-            before = None
-        if better:
-            keep('best.pth')
-        if often or stopping:
-            keep('latest.pth', whole=True)
-        if seldom:
-            keep(f'step_{step}.pth', whole=True)
-        if stopping and not last:
+        is_last, is_best = step == s.ITER_MAX, False
+        validates = val_set and (is_last
+                                 or s.ITER_VAL and step % s.ITER_VAL == 0)
+        saves = is_last or step % max(1, s.ITER_SAVE // 10) == 0
+        keeps = step % s.ITER_SAVE == 0
+        if not (validates or saves or keeps or step % read_every == 0):
+            continue                    # without waiting for the device
+        rows, is_stopping = read_metrics(pending, stop)
+        speed = s.BATCH_SIZE * len(rows) / (time.perf_counter() - began)
+        if validates:
+            rows[-1][1].update(validate(nets, val_set, step, logger))
+            is_best = rows[-1][1]['val_mIoU'] > best
+            best = max(best, rows[-1][1]['val_mIoU'])
+        log_steps(rows, speed, logger, bar)
+        if is_best:
+            save('best.pth')
+        if saves or is_stopping:
+            save('latest.pth', for_resume=True)
+        if keeps:
+            save(f'step_{step}.pth', for_resume=True)
+        if is_stopping and not is_last:
             bar.close()
             utils.log(f'{stop.name or "a signal"}: stopped after step {step};'
-                      f' python train.py goes on')
-            utils.leave(utils.STOPPED)
-        now = time.perf_counter()
+                      f' python train.py resumes')
+            distributed.leave(utils.STOPPED)
+        began = time.perf_counter()
 
-    keep('final.pth')
+    save('final.pth')
     bar.close()
-    log.close()
+    logger.close()
     utils.log(f'done: {os.path.join(s.MODEL_DIR, "final.pth")}, step {step}'
               + (f', best val mIoU {100 * best:.2f}' if val_set else ''))
-    utils.leave(0)
+    distributed.leave(0)
 
 
 if __name__ == '__main__':
-    utils.launch(main)
+    utils.run_main(main)

@@ -1,23 +1,20 @@
-"""Looks at TensorBoard with a real browser, Chromium without a window.
+"""Looks at TensorBoard with a real browser: Chromium, driven by playwright.
 
     python tests/browser.py DIR [--to SHOTS]
 
 DIR is a folder of trained experiments, as for `sh tensorboard.sh DIR`, which
 is what is looked at: the page has to show every experiment under its folder's
-name, the last loss that its log.csv has, and its first picture of val, in its
+name, the last loss that its log.csv has, and its first image of val, in its
 colours. SHOTS is where screenshots of all that there is to see are kept. Exit
-status: 0 all is there, 1 something is not, 2 no Chromium.
+status: 0 all is there, 1 something is not, 2 no playwright or no Chromium.
 """
 import argparse
-import base64
 import contextlib
 import csv
-import fcntl
 import io
 import json
 import os
 import re
-import select
 import shutil
 import signal
 import socket
@@ -31,99 +28,48 @@ import urllib.request
 import numpy as np
 from PIL import Image
 
-REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, REPO)
-import eval         # noqa: E402
-import utils        # noqa: E402
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)            # run as a script, from any folder
+
+from tools.compare_runs import find_runs  # noqa: E402
+from utils import RunError, UserError, run_main  # noqa: E402
+
+try:
+    from playwright.sync_api import sync_playwright
+except ImportError:
+    sync_playwright = None
 
 NAMES = ('chromium', 'chromium-browser', 'google-chrome', 'chrome')
-PAGES = {'curves': '#scalars', 'pictures': '#images', 'settings': '#text',
+OPTIONS = ['--no-sandbox', '--disable-gpu', '--disable-background-networking',
+           '--disable-component-update', '--disable-sync', '--no-first-run']
+PAGES = {'curves': '#scalars', 'images': '#images', 'settings': '#text',
          'table': '#hparams'}
 
 
 def find_browser():
-    """Return the path of a Chromium that runs, or None."""
+    """Return the path of a Chromium that runs and that playwright can drive,
+    or None."""
     for path in filter(None, map(shutil.which, NAMES)):
         done = subprocess.run([path, '--version'], capture_output=True,
                               check=False)
         if done.returncode == 0:
-            return path
+            return path if sync_playwright else None
     return None
 
 
-class Page:
-    """A page of Chromium without a window, spoken to in the DevTools protocol
-    through two pipes: what it reads as file 3 and writes as file 4."""
-
-    def __init__(self, width, height):
-        self.profile = tempfile.TemporaryDirectory()
-        theirs, self.to = os.pipe()
-        self.back, theirs_too = os.pipe()
-        high = [fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, 10)
-                for file in (theirs, theirs_too)]
-        self.process = subprocess.Popen(
-            [find_browser(), '--headless', '--no-sandbox', '--disable-gpu',
-             '--disable-dev-shm-usage', '--remote-debugging-pipe',
-             '--hide-scrollbars', f'--window-size={width},{height}',
-             f'--user-data-dir={self.profile.name}', 'about:blank'],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            close_fds=False, start_new_session=True,
-            preexec_fn=lambda: [os.dup2(file, place)
-                                for place, file in enumerate(high, 3)])
-        for file in (theirs, theirs_too, *high):
-            os.close(file)
-        self.count, self.rest, self.session = 0, b'', {}
-        target = next(target for target in self.ask('Target.getTargets')[
-            'targetInfos'] if target['type'] == 'page')
-        self.session = {'sessionId': self.ask('Target.attachToTarget', {
-            'targetId': target['targetId'], 'flatten': True})['sessionId']}
-
-    def ask(self, method, values=None):
-        """Return the answer to a command of the protocol."""
-        self.count += 1
-        os.write(self.to, json.dumps({
-            'id': self.count, 'method': method, 'params': values or {},
-            **self.session}).encode() + b'\0')
-        while True:
-            answer, end, rest = self.rest.partition(b'\0')
-            if not end:
-                ready, _, _ = select.select([self.back], [], [], 60)
-                more = os.read(self.back, 1 << 20) if ready else b''
-                if not more:
-                    raise RuntimeError(f'Chromium gave no answer to {method}')
-                self.rest += more
-                continue
-            self.rest, answer = rest, json.loads(answer)
-            if answer.get('id') == self.count:      # no event, no old answer
-                if 'error' in answer:
-                    raise RuntimeError(f'{method}: {answer["error"]}')
-                return answer['result']
-
-    def go(self, url):
-        self.ask('Page.navigate', {'url': url})
-
-    def value(self, script):
-        """Return the value of an expression of JavaScript in the page."""
-        return self.ask('Runtime.evaluate', {
-            'expression': script, 'returnByValue': True})['result'].get(
-                'value')
-
-    def shot(self, path):
-        """Write what the page shows as a PNG."""
-        with open(path, 'wb') as file:
-            file.write(base64.b64decode(
-                self.ask('Page.captureScreenshot')['data']))
-
-    def close(self):
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        os.close(self.to)
-        os.close(self.back)
-        self.profile.cleanup()
-
-
 @contextlib.contextmanager
-def tensorboard(folder, losses):
+def open_page(width, height):
+    """Give a page of Chromium without a window."""
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(
+            executable_path=find_browser(), headless=True, args=OPTIONS)
+        yield chromium.new_page(viewport={'width': width, 'height': height})
+        chromium.close()
+
+
+# ------------------------------------------------- TensorBoard
+@contextlib.contextmanager
+def serve(folder, losses):
     """Run tensorboard.sh on a folder; give its address once it has read the
     last loss of these runs {name: loss}."""
     with socket.socket() as free:
@@ -131,19 +77,19 @@ def tensorboard(folder, losses):
         port = free.getsockname()[1]
     path = os.path.dirname(sys.executable) + os.pathsep + os.environ['PATH']
     process = subprocess.Popen(
-        ['sh', os.path.join(REPO, 'tensorboard.sh'), folder, '--port',
+        ['sh', os.path.join(ROOT, 'tensorboard.sh'), folder, '--port',
          str(port)], env={**os.environ, 'PATH': path},
         stderr=subprocess.DEVNULL, start_new_session=True)
     try:
-        address, read = f'http://localhost:{port}/', {}
+        address = f'http://localhost:{port}/'
         for _ in range(240):
-            read = {name: served(address, name) for name in losses}
-            if all(near(read[name], loss) for name, loss in losses.items()):
+            served = {name: served_loss(address, name) for name in losses}
+            if all(is_near(served[name], losses[name]) for name in losses):
                 break
             time.sleep(0.5)
         else:
-            raise RuntimeError(f'TensorBoard has the losses {read}, log.csv '
-                               f'has {losses}')
+            raise RunError(f'TensorBoard has the losses {served}, log.csv '
+                           f'has {losses}')
         yield address
     finally:
         os.killpg(process.pid, signal.SIGTERM)
@@ -155,7 +101,7 @@ def fetch(url):
         return reply.read()
 
 
-def served(address, name):
+def served_loss(address, name):
     """Return the last loss of a run that TensorBoard has read, or None."""
     query = urllib.parse.urlencode({'run': name, 'tag': 'Curves/loss'})
     try:
@@ -165,8 +111,8 @@ def served(address, name):
         return None
 
 
-def near(a, b):
-    """Say whether a is b, as a page writes it; None is near to nothing."""
+def is_near(a, b):
+    """Tell whether a is b, as a page writes it; None is near to nothing."""
     return a is not None and abs(a - b) < 1e-3 * abs(b)
 
 
@@ -175,52 +121,53 @@ def last_loss(log):
         return float(list(csv.DictReader(file))[-1]['loss'])
 
 
-def faults(page, losses, first):
+# ------------------------------------------------- what the page shows
+def find_faults(page, losses, tag):
     """Return what the page does not show of all runs {name: loss}: names,
-    last losses, the picture `first`."""
-    text = page.value('document.body.innerText') or ''
+    last losses, an image of this tag each."""
+    text = page.inner_text('body')
     numbers = [float(x) for x in re.findall(r'\b\d+\.\d+\b', text)]
-    found = [f'no {name}' for name in losses if name not in text.split()]
-    found += [f'no loss of {name}, {loss:.4f}' for name, loss
-              in losses.items() if not any(near(x, loss) for x in numbers)]
-    loaded = page.value('[...document.images].filter(x => x.naturalWidth > '
-                        '300).length')
+    faults = [f'no {name}' for name in losses if name not in text.split()]
+    faults += [f'no loss of {name}, {loss:.4f}' for name, loss
+               in losses.items() if not any(is_near(x, loss)
+                                            for x in numbers)]
+    loaded = page.evaluate('[...document.images].filter(x => x.naturalWidth '
+                           '> 300).length')
     if loaded != len(losses):
-        found.append(f'{loaded} pictures {first}')
-    return found
+        faults.append(f'{loaded} images {tag}')
+    return faults
 
 
-def look(page, address, losses, shot):
-    """Raise RuntimeError unless the page of the loss and of a picture shows
-    those of all runs {name: loss}; write what it looks like."""
+def check_page(page, address, losses, shot):
+    """Raise RunError unless the page of the loss and of an image shows those
+    of all runs {name: loss}; write what it looks like."""
     tags = json.loads(fetch(f'{address}data/plugin/images/tags'))
-    first = min(tag for tags in tags.values() for tag in tags
-                if tag.startswith('Val/'))
-    query = urllib.parse.urlencode({'tagFilter': f'Curves/loss|{first}$'})
-    page.go(f'{address}?{query}#timeseries')
+    tag = min(tag for tags in tags.values() for tag in tags
+              if tag.startswith('Val/'))
+    query = urllib.parse.urlencode({'tagFilter': f'Curves/loss|{tag}$'})
+    page.goto(f'{address}?{query}#timeseries')
     until = time.monotonic() + 60
-    while faults(page, losses, first) and time.monotonic() < until:
-        time.sleep(0.5)
-    page.shot(shot)
-    found = faults(page, losses, first)
-    if found:
-        raise RuntimeError(f'the page shows {"; ".join(found)}; there are '
-                           f'{len(losses)} experiments')
+    while find_faults(page, losses, tag) and time.monotonic() < until:
+        page.wait_for_timeout(500)
+    page.screenshot(path=shot)
+    faults = find_faults(page, losses, tag)
+    if faults:
+        raise RunError(f'the page shows {"; ".join(faults)}; there are '
+                       f'{len(losses)} experiments')
     with Image.open(shot) as image:
         seen = np.array(image.convert('RGB'))
-    for source in page.value('[...document.images].map(x => x.src)'):
+    for source in page.evaluate('[...document.images].map(x => x.src)'):
         with Image.open(io.BytesIO(fetch(source))) as image:
-            if not all((seen == colour).all(2).sum() > 50
-                       for colour in colours(np.array(image))):
-                raise RuntimeError(f'{first} is not in {shot} in its colours')
+            colours = common_colours(np.array(image))
+        if not all((seen == colour).all(2).sum() > 50 for colour in colours):
+            raise RunError(f'{tag} is not in {shot} in its colours')
 
 
-def colours(picture, most=3):
-    """Return the commonest colours of a picture that are no grey."""
-    found, counts = np.unique(picture.reshape(-1, 3), axis=0,
-                              return_counts=True)
-    order = np.argsort(-counts * (np.ptp(found, 1) > 60))
-    return found[order[:most]]
+def common_colours(image, most=3):
+    """Return the commonest colours of an image that are no grey."""
+    colours, counts = np.unique(image.reshape(-1, 3), axis=0,
+                                return_counts=True)
+    return colours[np.argsort(-counts * (np.ptp(colours, 1) > 60))[:most]]
 
 
 def main():
@@ -229,30 +176,28 @@ def main():
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('dir', metavar='DIR')
     parser.add_argument('--to', metavar='SHOTS')
-    asked = parser.parse_args()
+    args = parser.parse_args()
     if not find_browser():
-        raise FileNotFoundError(f'there is no {", ".join(NAMES)}; on Debian: '
-                                f'apt-get install chromium')
+        raise UserError(f'playwright, or any of {", ".join(NAMES)}, is not '
+                        f'there: python -m pip install playwright; on Debian '
+                        f'apt-get install chromium')
     losses = {name: last_loss(log) for name, (_, log)
-              in eval.find_runs(asked.dir).items() if log}
+              in find_runs(args.dir).items() if log}
     if not losses:
-        raise FileNotFoundError(f'{asked.dir} holds no experiment with a log')
-    with tempfile.TemporaryDirectory() as folder, tensorboard(
-            os.path.abspath(asked.dir), losses) as address:
-        folder = asked.to or folder
+        raise UserError(f'{args.dir} holds no experiment with a log')
+    with (tempfile.TemporaryDirectory() as folder,
+          serve(os.path.abspath(args.dir), losses) as address,
+          open_page(1600, 1000 + 200 * len(losses)) as page):
+        folder = args.to or folder
         os.makedirs(folder, exist_ok=True)
-        page = Page(1600, 1000 + 200 * len(losses))
-        try:
-            look(page, address, losses, f'{folder}/browser.png')
-            for name, place in PAGES.items() if asked.to else ():
-                page.go(address + place)
-                time.sleep(10)          # for people: nothing waits for it
-                page.shot(f'{folder}/{name}.png')
-        finally:
-            page.close()
+        check_page(page, address, losses, f'{folder}/browser.png')
+        for name, place in PAGES.items() if args.to else ():
+            page.goto(address + place)
+            page.wait_for_timeout(10000)    # for people: nothing needs it
+            page.screenshot(path=f'{folder}/{name}.png')
     print(f'TensorBoard shows {", ".join(losses)}'
-          + (f'; screenshots are in {asked.to}' if asked.to else ''))
+          + (f'; screenshots are in {args.to}' if args.to else ''))
 
 
 if __name__ == '__main__':
-    utils.launch(main)
+    run_main(main)

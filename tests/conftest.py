@@ -1,4 +1,4 @@
-"""What the tests share: a small toy set, settings put back after each test,
+"""What the tests share: a small toy set, settings restored after each test,
 scripts run as a user runs them. `sh test.sh` runs them all.
 """
 import os
@@ -8,12 +8,11 @@ import sys
 
 import pytest
 
-REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, REPO)
+import prepare
+import settings
+import utils
 
-import prepare      # noqa: E402
-import settings     # noqa: E402
-import utils        # noqa: E402
+REPO = utils.ROOT
 
 # a network and a schedule of seconds, on the toy set
 SMALL = {'N_CLASSES': 6, 'TRAIN_SPLIT': 'train', 'N_LAYERS': 18,
@@ -73,13 +72,22 @@ def run(script, *arguments, cwd, **options):
         cwd=cwd, text=True, capture_output=True, timeout=300, **options)
 
 
+def run_tool(name, *arguments, cwd, **options):
+    """Run `python -m tools.NAME` as a user does; return what it did."""
+    path = os.pathsep.join(filter(None, [REPO, os.environ.get('PYTHONPATH')]))
+    return subprocess.run(
+        [sys.executable, '-m', f'tools.{name}', *map(str, arguments)],
+        cwd=cwd, text=True, capture_output=True, timeout=300,
+        env={**os.environ, 'PYTHONPATH': path}, **options)
+
+
 def refused(main, *arguments, monkeypatch, capsys):
     """Run a script's main in this process on bad input; return (exit status,
     its one line on stderr). Fails where there is another line."""
     monkeypatch.setattr(sys, 'argv', ['script.py', *map(str, arguments)])
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        utils.launch(main)
+        utils.run_main(main)
     lines = [line for line in capsys.readouterr().err.splitlines()
              if line.startswith('script.py: ')]
     assert len(lines) == 1 and stop.value.code not in (0, None)

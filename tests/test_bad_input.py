@@ -11,14 +11,15 @@ import pytest
 import torch
 from PIL import Image
 
-import baselines
-import dataset
 import eval
+import heads
 import predict
 import settings
 import train
-import utils
 from conftest import refused
+from lib import checkpoint
+from lib.images import read_label
+from utils import RunError
 
 
 @pytest.fixture
@@ -64,7 +65,7 @@ def test_data_root_and_splits(bad):
 
 
 def test_labels(bad):
-    label = dataset.read_label(bad.label)
+    label = read_label(bad.label)
     label[0, 0] = 6
     Image.fromarray(label).save(bad.label)
     expect(bad(), bad.label, 'value 6', 'N_CLASSES=6')
@@ -80,21 +81,21 @@ def test_masks_of_0_and_255(bad):
     """Two classes are meant; with 255 for void nothing would be left."""
     (bad.root / 'classes.txt').unlink()
     for path in (bad.root / 'SegmentationClassAug').iterdir():
-        label = dataset.read_label(path)
+        label = read_label(path)
         Image.fromarray(np.uint8(255 * (label > 0))).save(path)
     expect(bad('N_CLASSES=2'), '0 and 255 alone', 'as 1')
 
 
 @pytest.mark.parametrize('workers', (0, 1))
-def test_a_truncated_picture_is_named_when_it_is_met(bad, workers):
+def test_a_truncated_image_is_named_when_it_is_read(bad, workers):
     bad.image.write_bytes(bad.image.read_bytes()[:-700])
     expect(bad(f'NUM_WORKERS={workers}', 'ITER_MAX=6'), bad.image,
-           'cannot be read as a picture')
+           'cannot be read as an image')
 
 
 def test_a_class_that_never_occurs_is_warned_of(bad, monkeypatch, capsys):
     for path in (bad.root / 'SegmentationClassAug').iterdir():
-        label = dataset.read_label(path)
+        label = read_label(path)
         label[label == 3] = 0
         Image.fromarray(label).save(path)
     eval.open_split('train', train=True)
@@ -104,34 +105,42 @@ def test_a_class_that_never_occurs_is_warned_of(bad, monkeypatch, capsys):
 
 def test_a_crop_off_the_grid_is_warned_of(small, capsys):
     settings.CROP_SIZE = 70
-    train.check_settings()
-    assert '65 is' in capsys.readouterr().out
+    train.check_run(1)
+    assert 'use 65' in capsys.readouterr().out
 
 
 def test_classes(bad):
     expect(bad('N_CLASSES=7'), 'N_CLASSES=7', '6 classes', 'N_CLASSES=6')
-    expect(bad('EVAL_CLASSES=1,6'), 'no class 6')
+    expect(bad('EVAL_CLASSES=1,6'), 'EVAL_CLASSES=(1, 6)', '0 to 5')
     (bad.root / 'classes.txt').write_text('cat 1 2\n' * 6)
     expect(bad(), 'classes.txt', "'cat 1 2'", 'name r g b')
 
 
-def test_settings(bad):
-    expect(bad('CROPSIZE=65'), 'CROPSIZE', 'nearest is CROP_SIZE')
-    expect(bad('CROP_SIZE=big'), 'CROP_SIZE=big', 'int')
-    expect(bad('LR=fast'), 'LR=fast', 'float')
-    expect(bad('N_LAYERS=20'), 'N_LAYERS=20', '18, 34, 50, 101, 152')
-    expect(bad('HEAD=emma'), 'HEAD=emma', 'ema, fcn')
-    expect(bad('BATCH_SIZE=0'), 'BATCH_SIZE=0', 'at least 1')
-    for word in ('STRIDE=0', 'NUM_WORKERS=-1', 'SEED=-1', 'EM_BASES=0'):
-        expect(bad(word), word, 'at least')
-    expect(bad('SCALES=0'), 'SCALES=(0.0,)', 'above 0')
-    expect(bad('EVAL_SCALES=()'), 'EVAL_SCALES', 'at least one')
-    expect(bad('EVAL_WINDOW=-1'), 'EVAL_WINDOW=-1', 'at least 0')
-    expect(bad('DROPOUT=1.5'), 'DROPOUT=1.5', 'below 1')
-    expect(bad('FREEZE=all'), 'FREEZE=all', "'backbone'")
-    expect(bad('AMP=int8'), 'AMP=int8', "'bf16'")
-    expect(bad('DEVICES=99'), 'DEVICES=[99]', 'DEVICES=[]')
-    expect(bad('models/x.pth'), 'models/x.pth: only KEY=VALUE')
+@pytest.mark.parametrize('word, told', (
+    ('CROPSIZE=65', 'nearest is CROP_SIZE'),
+    ('CROP_SIZE=big', 'type int'),
+    ('LR=fast', 'type float'),
+    ('N_LAYERS=20', '18, 34, 50, 101, 152'),
+    ('HEAD=emma', "'ema', 'fcn'"),
+    ('BATCH_SIZE=0', 'at least 1'),
+    ('STRIDE=0', '8, 16, 32'),
+    ('NUM_WORKERS=-1', 'at least 0'),
+    ('SEED=-1', 'at least 0'),
+    ('EM_BASES=0', 'at least 1'),
+    ('SCALES=0', 'SCALES=(0.0,): it can be above 0'),
+    ('EVAL_SCALES=()', 'EVAL_SCALES=(): name at least one'),
+    ('EVAL_WINDOW=-1', 'at least 0'),
+    ('DROPOUT=1.5', 'at least 0 and below 1'),
+    ('FREEZE=all', "'backbone'"),
+    ('AMP=int8', "'bf16'"),
+    ('INFERENCE=fast', "'plain', 'folded', 'bf16'"),
+    ('CLASS_WEIGHTS=1,2', '6 numbers'),
+    ('CLASS_WEIGHTS=auto', 'BALANCE_CLASSES=True'),
+    ('OHEM_LEAST=0.1', 'is now OHEM_MIN_KEPT'),
+    ('DEVICES=99', 'DEVICES=[99]: this machine has'),
+    ('models/x.pth', 'only KEY=VALUE')))
+def test_settings(bad, word, told):
+    expect(bad(word), word.split('=')[0], told)
 
 
 def test_backbone_weights(bad):
@@ -175,81 +184,24 @@ def test_evaluation(bad):
     assert code == 2 and 'N_CLASSES=5.5' in line
 
 
-def test_results_that_cannot_be_kept(bad, monkeypatch):
-    """Said before anything is scored."""
-    monkeypatch.setattr(eval, 'score', None)
-    torch.save({'net': baselines.build_network().state_dict(), 'step': 1},
-               'a.pth')
-    given = 'a.pth', 'STRIDE=16', 'NUM_WORKERS=0'
-    with open('results.csv', 'w') as file:
-        file.write('mIoU;seconds\n0.8;12\n')
-    expect(bad(*given, main=eval.main), 'results.csv has other columns',
-           'move it away')
-    os.remove('results.csv')
-    os.mkdir('results.csv')
-    expect(bad(*given, main=eval.main), 'results.csv cannot be written',
-           status=1)
-
-
-def test_submission(bad, monkeypatch):
-    """Pictures are looked for before the first is segmented; an archive that
-    is there stays where a new one would not be whole."""
-    torch.save({'net': baselines.build_network().state_dict(), 'step': 1},
-               'a.pth')
-    shutil.rmtree(bad.root / 'SegmentationClassAug')
-    given = '--submit', 'a.pth', 'STRIDE=16', 'NUM_WORKERS=0'
-    expect(bad(*given, 'VAL_SPLIT=test', main=eval.main), 'test.txt',
-           'train, val')
-    ids = (bad.root / 'ImageSets/Segmentation/val.txt').read_text().split()
-    picture = bad.root / 'JPEGImages' / f'{ids[1]}.jpg'
-    kept = picture.read_bytes()
-    picture.unlink()
-    expect(bad(*given, main=eval.main), picture, 'is not there')
-    picture.write_bytes(b'no picture')
-    expect(bad(*given, main=eval.main), picture, 'cannot be read')
-    assert not os.path.exists('results')
-    picture.write_bytes(kept)
-    with open('results.tgz', 'w') as file:
-        file.write('old')
-
-    inner, palette = utils.save_label, utils.voc_palette()
-    for name, spoil, told in (
-            ('gone', os.remove, 'cannot be read (FileNotFoundError)'),
-            ('torn', lambda path: os.truncate(path, 60), 'cannot be read'),
-            ('small', lambda path: inner(np.zeros((9, 7), np.uint8), path,
-                                         palette), 'has 7 x 9 pixels'),
-            ('grey', lambda path: Image.new('L', (9, 9)).save(path),
-             'has not the VOC palette'),
-            ('class', lambda path: inner(np.full(dataset.image_size(
-                picture), 6, np.uint8), path, palette), 'has the class 6')):
-        def spoilt(label, path, colours):
-            inner(label, path, colours)
-            if path.endswith(f'{ids[1]}.png'):
-                spoil(path)
-        monkeypatch.setattr(utils, 'save_label', spoilt)
-        expect(bad(*given, main=eval.main), f'{ids[1]}.png {told}',
-               'was not written')
-        with open('results.tgz') as file:
-            assert file.read() == 'old', name
-    assert not os.path.exists('results.tgz.tmp')
-
-
 def test_prediction(bad, capsys):
     expect(bad('no.jpg', main=predict.main), 'no.jpg is not there')
     twin = bad.root / bad.image.name
     shutil.copy(bad.image, twin)
     expect(bad(bad.image, twin, main=predict.main), 'would both be written')
-    expect(bad('a.pth', main=predict.main), '0 pictures and 1 checkpoints')
+    expect(bad('a.pth', main=predict.main), 'a.pth: name images')
+    expect(bad(bad.image, 'a.pth', 'b.pth', main=predict.main),
+           'one checkpoint at most')
     expect(bad(bad.image, main=predict.main), 'models/final.pth')
 
 
-def test_a_picture_that_bursts_the_memory(bad, monkeypatch):
+def test_an_image_of_too_many_pixels(bad, monkeypatch):
     """Pillow refuses a header of more pixels than anything honest has."""
-    torch.save({'net': baselines.build_network().state_dict(), 'step': 1},
+    torch.save({'net': heads.build_network().state_dict(), 'step': 1},
                'a.pth')
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 40)
     expect(bad(bad.image, 'a.pth', 'STRIDE=16', main=predict.main),
-           bad.image, 'cannot be read as a picture', status=1)
+           bad.image, 'cannot be read as an image', status=1)
 
 
 def test_folders_that_cannot_be_written(bad):
@@ -260,14 +212,14 @@ def test_folders_that_cannot_be_written(bad):
 
 
 def test_the_old_checkpoint_survives_a_failed_save(bad, monkeypatch):
-    utils.save({'step': 1}, 'models/latest.pth')
+    checkpoint.save({'step': 1}, 'models/latest.pth')
 
     def full(state, path):
         with open(path, 'wb') as file:
             file.write(b'half')
         raise RuntimeError('unexpected pos 4 vs 8')
     monkeypatch.setattr(torch, 'save', full)
-    with pytest.raises(OSError, match='models/latest.pth cannot be written'):
-        utils.save({'step': 2}, 'models/latest.pth')
-    assert utils.load('models/latest.pth') == {'step': 1}
+    with pytest.raises(RunError, match='models/latest.pth cannot be written'):
+        checkpoint.save({'step': 2}, 'models/latest.pth')
+    assert checkpoint.load('models/latest.pth') == {'step': 1}
     assert os.listdir('models') == ['latest.pth']

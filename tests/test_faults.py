@@ -1,5 +1,5 @@
-"""What strikes a run from outside: signals, a full disk, processes that die.
-Each ends in one line or in nothing lost. README has the table.
+"""What strikes a run from outside: signals, a full disk, short memory, lost
+processes. Each ends in one line, and nothing that was saved is lost.
 
     python -m pytest tests/test_faults.py
 """
@@ -14,8 +14,11 @@ import pytest
 import torch
 
 import settings
+import train
 import utils
-from conftest import REPO, SMALL, words
+from conftest import REPO, SMALL, refused, words
+from lib import checkpoint, distributed
+from training import train_here
 
 # latest.pth at every step, no validation
 LONG = {'ITER_MAX': 3000, 'ITER_SAVE': 10, 'VAL_SPLIT': '', 'CROP_SIZE': 33}
@@ -45,7 +48,7 @@ def start(small, toy):
             pass
 
 
-def steps(count, log='logdir/log.csv'):
+def wait_for_steps(count, log='logdir/log.csv'):
     """Wait until log.csv has so many steps; return the last."""
     for _ in range(1200):
         if os.path.exists(log):
@@ -54,7 +57,7 @@ def steps(count, log='logdir/log.csv'):
             if len(rows) >= count:
                 return int(rows[-1].split(',')[0])
         time.sleep(0.1)
-    raise AssertionError('the run does not get on')
+    raise AssertionError('the run makes no progress')
 
 
 def children(pid):
@@ -63,7 +66,7 @@ def children(pid):
         return [int(child) for child in file.read().split()]
 
 
-def alive(pid):
+def is_alive(pid):
     try:
         with open(f'/proc/{pid}/stat') as file:
             return file.read().rpartition(')')[2].split()[0] != 'Z'
@@ -71,7 +74,7 @@ def alive(pid):
         return False
 
 
-def the_line(process, seconds=60):
+def ending(process, seconds=60):
     """Return (exit status, the one line for the user) of a run that ends."""
     out, err = process.communicate(timeout=seconds)
     lines = [part for line in err.splitlines() for part in line.split('\r')
@@ -85,12 +88,12 @@ def test_sigterm_saves_and_asks_to_be_started_again(start):
     processes of both, as schedulers send it."""
     process = start('DEVICES=-1,-1', **{**LONG, 'ITER_SAVE': 5000,
                                         'NUM_WORKERS': 1})
-    steps(3)
+    wait_for_steps(3)
     os.killpg(process.pid, signal.SIGTERM)
-    status, _, out = the_line(process)
-    assert status == utils.STOPPED and 'python train.py goes on' in out
-    step = utils.load('models/latest.pth')['step']
-    assert step == steps(1)
+    status, _, out = ending(process)
+    assert status == utils.STOPPED and 'python train.py resumes' in out
+    step = checkpoint.load('models/latest.pth')['step']
+    assert step == wait_for_steps(1)
     assert sorted(os.listdir('models')) == ['latest.pth']
 
 
@@ -104,19 +107,32 @@ def main():
     held = iter(dataset.val_loader(dataset.Segmentation('val', False)))
     next(held)
     sys.exit(1)
-utils.launch(main)
+utils.run_main(main)
 '''
 
 
 def test_loader_processes_end_with_the_program(start):
-    """They heed no SIGTERM, which is what Python ends them with."""
+    """They ignore SIGTERM, which is what Python ends them with."""
     assert start(child=HOLDING, NUM_WORKERS=2).wait(60) == 1
 
 
-def test_a_full_disk_costs_nothing(start):
+@pytest.fixture
+def train_on_one_thread(monkeypatch):
+    """Run train.py to its end in this process, on the thread of `start`."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    def train(**changes):
+        vars(settings).update(changes)
+        return train_here(monkeypatch)
+    yield train
+    torch.set_num_threads(threads)
+
+
+def test_a_full_disk_costs_nothing(start, train_on_one_thread):
     """A limit on the size of files stands for the disk."""
     changes = {'ITER_MAX': 4, 'ITER_SAVE': 3, 'VAL_SPLIT': ''}
-    start(**changes).wait(120)
+    train_on_one_thread(**changes)
     os.replace('models/step_3.pth', 'models/latest.pth')
     size = os.path.getsize('models/latest.pth')
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -125,10 +141,10 @@ def test_a_full_disk_costs_nothing(start):
         process = start(**changes)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    status, line, _ = the_line(process)
+    status, line, _ = ending(process)
     assert status == 1 and 'models/latest.pth cannot be written' in line
     assert 'Make room' in line
-    assert utils.load('models/latest.pth')['step'] == 3
+    assert checkpoint.load('models/latest.pth')['step'] == 3
     assert not [name for name in os.listdir('models') if 'tmp' in name]
 
 
@@ -145,21 +161,21 @@ def half(state, path):
         os.kill(os.getpid(), signal.SIGKILL)
 torch.save = half
 sys.argv = ['train.py', *sys.argv[2:]]
-utils.launch(train.main)
+utils.run_main(train.main)
 '''
 
 
-def test_kill_9_in_the_middle_of_a_save(start):
+def test_kill_9_in_the_middle_of_a_save(start, train_on_one_thread):
     """The next start finds the checkpoint before, whole, and ends where an
     uninterrupted run does."""
     changes = {**LONG, 'ITER_MAX': 5, 'DROPOUT': 0.5}
-    whole = start('MODEL_DIR=whole', 'LOG_DIR=whole', **changes)
-    assert whole.wait(120) == 0
+    train_on_one_thread(MODEL_DIR='whole', LOG_DIR='whole', **changes)
     process = start(child=DYING, **changes)
     assert process.wait(120) == -signal.SIGKILL
-    assert utils.load('models/latest.pth')['step'] == 2
-    assert start(**changes).wait(120) == 0
-    a, b = (utils.load(f'{folder}/final.pth')['net']
+    assert checkpoint.load('models/latest.pth')['step'] == 2
+    rows = train_on_one_thread(MODEL_DIR='models', LOG_DIR='logdir')
+    assert list(rows) == [1, 2, 3, 4, 5]
+    a, b = (checkpoint.load(f'{folder}/final.pth')['net']
             for folder in ('whole', 'models'))
     for key in a:
         assert torch.equal(a[key], b[key]), key
@@ -169,7 +185,7 @@ def test_kill_9_in_the_middle_of_a_save(start):
 def test_a_killed_process_ends_the_others(start):
     """Also one that cannot end by itself, as in a collective that hangs."""
     process = start('DEVICES=-1,-1', **LONG)
-    steps(2)
+    wait_for_steps(2)
     both = children(process.pid)
     assert len(both) == 2
     os.kill(both[0], signal.SIGSTOP)
@@ -177,56 +193,105 @@ def test_a_killed_process_ends_the_others(start):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert 'a process was ended by SIGKILL' in out + err
-    assert not any(alive(pid) for pid in both)
-    assert utils.load('models/latest.pth')['step'] >= 1
+    assert not any(is_alive(pid) for pid in both)
+    assert checkpoint.load('models/latest.pth')['step'] >= 1
 
 
 def test_processes_end_with_the_one_that_started_them(start):
     process = start('DEVICES=-1,-1', **LONG)
-    steps(2)
+    wait_for_steps(2)
     both = children(process.pid)
     process.kill()
     for _ in range(300):
-        if not any(alive(pid) for pid in both):
+        if not any(is_alive(pid) for pid in both):
             break
         time.sleep(0.1)
-    assert not any(alive(pid) for pid in both)
-    assert utils.load('models/latest.pth')['step'] >= 2
+    assert not any(is_alive(pid) for pid in both)
+    assert checkpoint.load('models/latest.pth')['step'] >= 2
 
 
 def test_a_killed_loader_process_ends_the_run(start):
     process = start(NUM_WORKERS=1, **LONG)
-    steps(2)
+    wait_for_steps(2)
     worker = min(children(process.pid))     # later ones: git, of a save
     os.kill(worker, signal.SIGKILL)
-    status, line, _ = the_line(process)
+    status, line, _ = ending(process)
     assert status == 1 and 'a loader process died' in line
-    assert utils.load('models/latest.pth')['step'] >= 1
+    assert checkpoint.load('models/latest.pth')['step'] >= 1
 
 
-def test_a_fault_in_one_of_two_processes_is_told_once(start, toy):
-    """A setting that is refused, and a picture that cannot be read."""
+def test_an_error_of_two_processes_is_told_once(start):
     process = start('DEVICES=-1,-1', N_LAYERS=20)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 2 and err.count('N_LAYERS=20') == 1, err
 
 
 def test_a_folder_that_machines_do_not_share_is_noticed(monkeypatch):
-    monkeypatch.setattr(utils, 'gather', lambda value: [value, not value])
-    with pytest.raises(RuntimeError, match='have all machines share'):
-        utils.agreed(True, 'models/latest.pth is there')
-    monkeypatch.setattr(utils, 'gather', lambda value: [value] * 3)
-    assert utils.agreed(False, 'x') is False
+    monkeypatch.setattr(distributed, 'gather',
+                        lambda value: [value, not value])
+    with pytest.raises(utils.RunError, match='have all machines share'):
+        distributed.assert_agreed(True, 'models/latest.pth is there')
+    monkeypatch.setattr(distributed, 'gather', lambda value: [value] * 3)
+    assert distributed.assert_agreed(False, 'x') is False
 
 
 def test_a_resume_by_another_number_of_processes_is_warned_of(small, capsys,
                                                               monkeypatch):
-    import train
-    vars(settings).update(ITER_MAX=2)
-    monkeypatch.setattr(sys, 'argv', ['train.py'])
-    train.main()
-    state = utils.load('models/latest.pth')
+    vars(settings).update(ITER_MAX=2, VAL_SPLIT='')
+    train_here(monkeypatch)
+    state = checkpoint.load('models/latest.pth')
     state['random'] *= 2
-    utils.save({**state, 'step': 1}, 'models/latest.pth')
-    train.main()
+    checkpoint.save({**state, 'step': 1}, 'models/latest.pth')
+    train_here(monkeypatch)
     assert 'is of 2 processes, these are 1' in capsys.readouterr().out
+
+
+def test_short_memory_of_a_gpu_ends_in_a_line(small, monkeypatch, capsys):
+    """In the second step; the first one's checkpoint stays."""
+    vars(settings).update(LONG)
+    losses = []
+
+    def loss(*arguments, inner=train.segmentation_loss):
+        if losses:
+            raise torch.OutOfMemoryError(
+                'CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a '
+                'total capacity of 79 GiB of which 1.5 GiB is free.\nMore')
+        losses.append(inner(*arguments))
+        return losses[0]
+    monkeypatch.setattr(train, 'segmentation_loss', loss)
+    status, line = refused(train.main, monkeypatch=monkeypatch,
+                           capsys=capsys)
+    assert status == 1 and 'Tried to allocate 2.00 GiB' in line
+    for name in ('BATCH_SIZE', 'ACCUM', 'CROP_SIZE', 'RECOMPUTE'):
+        assert name in line
+    assert checkpoint.load('models/latest.pth')['step'] == 1
+
+
+@pytest.mark.parametrize('status, word, act', (
+    (0, '', lambda: None),
+    (1, 'LOG_DIR=file/inside', lambda: None),
+    (2, 'N_LAYERS=20', lambda: None),
+    (75, '', lambda: os.kill(os.getpid(), signal.SIGTERM))))
+def test_exit_statuses(small, monkeypatch, status, word, act):
+    """Done; a fault of the run; of what was asked; stopped on request."""
+    vars(settings).update(ITER_MAX=2, VAL_SPLIT='', CROP_SIZE=33)
+    open('file', 'w').close()
+    rate = train.set_learning_rate
+    monkeypatch.setattr(train, 'set_learning_rate',
+                        lambda *a: (act(), rate(*a))[1])
+    monkeypatch.setattr(sys, 'argv', ['train.py', *word.split()])
+    try:
+        utils.run_main(train.main)
+    except SystemExit as end:
+        assert end.code == status != 0
+    else:
+        assert status == 0
+    assert os.path.exists('models/final.pth') == (status == 0)
+
+
+def test_a_defect_keeps_its_traceback(small, monkeypatch):
+    """It is no fault of the user's or the run's."""
+    monkeypatch.setattr(train, 'open_data', lambda device: [][0])
+    monkeypatch.setattr(sys, 'argv', ['train.py'])
+    with pytest.raises(IndexError):
+        utils.run_main(train.main)

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-import bench
 import network
+from lib.pretrained import load_backbone
+from tools.bench import count_saved_bytes
 
 COMBINATIONS = list(itertools.product(network.KEEPS, network.NORMS,
                                       (False, True)))
@@ -58,7 +59,8 @@ def test_emau_agrees_with_the_recorded_unit(shared):
     emau.load_state_dict({key[2:]: value for key, value in want.items()
                           if key.startswith('w:')})
     bases = []
-    emau.move = lambda mu: (bases.append(mu), network.EMAU.move(emau, mu))
+    emau.update_bases = lambda mu: (
+        bases.append(mu), network.EMAU.update_bases(emau, mu))
     x = want['x'].clone().requires_grad_()
 
     def same(got, name):
@@ -122,7 +124,7 @@ def test_bases_are_drawn_with_length_one():
 def test_moving_average_by_hand():
     emau = unit(c=2, k=1)
     emau.mu.copy_(torch.tensor([[[1.0], [0.0]]]))
-    emau.move(torch.tensor([[[0.0], [1.0]], [[0.0], [3.0]]]))
+    emau.update_bases(torch.tensor([[[0.0], [1.0]], [[0.0], [3.0]]]))
     torch.testing.assert_close(emau.mu.flatten().float(),
                                torch.tensor([0.9, 0.2]))
 
@@ -202,8 +204,8 @@ def test_em_runs_in_float32_under_autocast():
     seen = []
     inner = emau.em
 
-    def em(x, mu):
-        for z, mu in inner(x, mu):
+    def em(x, start):
+        for z, mu in inner(x, start):
             seen.extend([x.dtype, z.dtype, mu.dtype])
             yield z, mu
     emau.em = em
@@ -221,7 +223,7 @@ def test_plain_resnet_agrees_with_torchvision(n_layers):
     torch.manual_seed(0)
     theirs = getattr(torchvision.models, f'resnet{n_layers}')().eval()
     ours = network.ResNet(n_layers, stride=32, stem='plain').eval()
-    missing = network.load_backbone(ours, theirs.state_dict(), 'file')
+    missing = load_backbone(ours, theirs.state_dict(), 'file')
     assert missing == []
     image = torch.randn(1, 3, 65, 97)
     trunk = nn.Sequential(*list(theirs.children())[:-2])
@@ -298,102 +300,39 @@ def test_unknown_parts_are_refused(words, told):
         network.EMANet(21, **{'n_layers': 18, **words})
 
 
-# ------------------------------------------------- loading
-def deep_weights():
-    """Weights as the recipe's files have them: torchvision's names, a deep
-    stem, the ImageNet classifier, no BN counters."""
-    state = network.ResNet(50, 32).state_dict()
-    names = ['conv1', 'bn1', '', '', 'layer1', 'layer2', 'layer3', 'layer4']
-    state = {names[int(key[0])] + key[1:]: value for key, value
-             in state.items() if not key.endswith('num_batches_tracked')}
-    return {**state, 'fc.weight': torch.zeros(1000, 2048),
-            'fc.bias': torch.zeros(1000)}
-
-
-def test_deep_stem_weights_load():
-    state = deep_weights()
-    net = network.ResNet(50, 8)
-    assert network.load_backbone(net, state, 'file') == []
-    assert torch.equal(net[0][6].weight, state['conv1.6.weight'])
-    assert torch.equal(net[7][2].bn3.running_var,
-                       state['layer4.2.bn3.running_var'])
-
-
-def test_weights_of_another_network_are_refused_by_key():
-    state = deep_weights()
-    with pytest.raises(ValueError, match='lacks conv1.weight') as error:
-        network.load_backbone(network.ResNet(50, stem='plain'), state, 'f')
-    assert 'conv1.0.weight' in str(error.value)
-    with pytest.raises(ValueError, match='layer3.6.conv1.weight'):
-        network.load_backbone(network.ResNet(101), state, 'f')
-    state['layer1.0.conv1.weight'] = torch.zeros(64, 64, 1, 1)
-    with pytest.raises(ValueError, match=r'layer1.0.conv1.weight \(64, 64, '
-                                         r'1, 1\) for \(64, 128, 1, 1\)'):
-        network.load_backbone(network.ResNet(50), state, 'f')
-
-
-def test_a_partial_file_loads_only_when_it_is_meant(shared):
-    path = os.path.join(shared, 'weights',
-                        'resnet18_conv1_to_layer3_bn_unfolded.pth')
-    state = torch.load(path, weights_only=True)
-    net = network.ResNet(18, stem='plain')
-    before = net[4][0].conv1.weight.clone()
-    with pytest.raises(ValueError, match='lacks layer4.0.conv1.weight'):
-        network.load_backbone(net, state, path)
-    assert torch.equal(net[4][0].conv1.weight, before)
-    missing = network.load_backbone(net, state, path, partial=True)
-    assert missing and all(key.startswith('layer4.') for key in missing)
-    assert torch.equal(net[4][0].conv1.weight, state['layer1.0.conv1.weight'])
-
-
-def test_a_partial_file_of_another_network_is_refused():
-    with pytest.raises(ValueError, match='lacks'):
-        network.load_backbone(network.ResNet(18), {}, 'f', partial=True)
-    with pytest.raises(ValueError, match='holds net, step'):
-        network.load_backbone(network.ResNet(18), {'net': {}, 'step': 1}, 'f',
-                              partial=True)
-
-
-def test_known_weights_are_named_by_their_hash():
-    for name, (folder, digest) in network.KNOWN.items():
-        assert folder.startswith('https://') and folder.endswith('/')
-        assert digest.partition(':')[2].startswith(name.split('-')[-1])
-    assert set(network.USUAL.values()) <= set(network.KNOWN)
-    urls = {weights.url for n in (18, 34, 50, 101, 152) for weights
-            in torchvision.models.get_model_weights(f'resnet{n}')}
-    assert urls <= {f'{folder}{name}.pth' for name, (folder, _)
-                    in network.KNOWN.items()}
-
-
-# ------------------------------------------------- the fast ways
+# ------------------------------------------------- fast paths
 @pytest.mark.parametrize('size', ((33, 49), (17, 49), (34, 50), (9, 7),
                                   (1, 1)))
-def test_upsample_agrees_with_torch(size):
-    """Also where the rows do not become a whole number of rows."""
+@pytest.mark.parametrize('dtype', (torch.float64, torch.float32,
+                                   torch.bfloat16))
+def test_upsample_agrees_with_torch(size, dtype):
+    """In float32 at least, with gradients and without, channels last too."""
     torch.manual_seed(0)
-    for x in (torch.randn(2, 3, 5, 7, dtype=torch.float64),
-              torch.randn(1, 2, 1, 3)):
-        want = F.interpolate(x, size, mode='bilinear', align_corners=True)
-        for gradients in (False, True):
-            with torch.set_grad_enabled(gradients):
-                torch.testing.assert_close(network.upsample(x, size), want)
+    for shape in ((2, 3, 5, 7), (1, 2, 1, 3)):
+        x = torch.randn(shape, dtype=dtype)
+        wide = x.float() if dtype == torch.bfloat16 else x
+        want = F.interpolate(wide, size, mode='bilinear', align_corners=True)
+        for y in (x, x.to(memory_format=torch.channels_last)):
+            for gradients in (False, True):
+                with torch.set_grad_enabled(gradients):
+                    got = network.upsample(y, size)
+                torch.testing.assert_close(got, want)
 
 
-def a_step(recompute, dtype=torch.float32, size=33):
+def state_after_a_step(recompute):
     """Return gradients, statistics and bases after a step of a small net."""
     torch.manual_seed(0)
-    net = network.EMANet(5, 18, 16, 'plain', 32, 8, dropout=0.0).to(dtype)
+    net = network.EMANet(5, 18, 16, 'plain', 32, 8, dropout=0.0)
     net.extractor.recompute = recompute
     torch.manual_seed(1)
-    net.train()(torch.randn(2, 3, size, size, dtype=dtype)).square().mean(
-        ).backward()
+    net.train()(torch.randn(2, 3, 33, 33)).square().mean().backward()
     return {**{f'{name}.grad': p.grad for name, p in net.named_parameters()
                if p.requires_grad}, **dict(net.named_buffers())}
 
 
 def test_blocks_computed_again_change_nothing():
     """Gradients, running statistics and their counts, bases."""
-    plain, again = a_step(False), a_step(True)
+    plain, again = state_after_a_step(False), state_after_a_step(True)
     assert plain.keys() == again.keys() and len(plain) > 100
     for name in plain:
         assert torch.equal(plain[name], again[name]), name
@@ -401,16 +340,16 @@ def test_blocks_computed_again_change_nothing():
 
 
 def test_what_is_kept_for_the_backward_pass():
-    """In bfloat16, and with blocks computed again; tests/bench.py has the
+    """In bfloat16, and with blocks computed again; tools/bench.py has the
     figures of a larger image."""
     torch.manual_seed(0)
     net = network.EMANet(21, 50, 16).train()
     image = torch.randn(2, 3, 65, 65)
-    _, plain = bench.saved_bytes(net, image, None)
-    _, half = bench.saved_bytes(net, image, torch.bfloat16)
+    _, plain = count_saved_bytes(net, image, None)
+    _, half = count_saved_bytes(net, image, torch.bfloat16)
     net.extractor.recompute = True
-    _, less = bench.saved_bytes(net, image, None)
-    _, both = bench.saved_bytes(net, image, torch.bfloat16)
+    _, less = count_saved_bytes(net, image, None)
+    _, both = count_saved_bytes(net, image, torch.bfloat16)
     assert half < 0.6 * plain and less < 0.6 * plain and both < 0.4 * plain
 
 

@@ -8,24 +8,25 @@ Dropout is off where processes are compared: each draws its own.
 import csv
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
-import tarfile
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-import baselines
-import dataset
 import eval
+import heads
 import network
 import settings
 import train
 import utils
 from conftest import REPO, SMALL, run, words
+from lib import checkpoint
+from training import train_here
 
 # train.py as it is, in a float type of the test's, each process keeping what
 # its network holds after each step
@@ -34,13 +35,14 @@ import os, sys, torch
 sys.path.insert(0, sys.argv[1])
 torch.set_default_dtype(getattr(torch, sys.argv[2]))
 import train, utils
-inner = train.checkpoint
-def checkpoint(run, step, *rest):
-    torch.save(run['net'].state_dict(), f'rank{utils.rank()}_{step}.pth')
-    return inner(run, step, *rest)
-train.checkpoint = checkpoint
+inner = train.checkpoint.capture
+def capture(parts, step, *rest):
+    torch.save(parts['net'].state_dict(), f'rank{utils.rank()}_{step}.pth')
+    return inner(parts, step, *rest)
+train.checkpoint.capture = capture
+train.validation_images = lambda *_: ()             # takes long to draw
 sys.argv = ['train.py', *sys.argv[3:]]
-utils.launch(train.main)
+utils.run_main(train.main)
 '''
 
 
@@ -69,7 +71,7 @@ def train_in(folder, count, dtype, **changes):
         error = process.communicate(timeout=280)[1]
         assert process.returncode == 0, error[-3000:]
     with open(os.path.join(folder, 'logdir', 'log.csv')) as file:
-        return list(csv.DictReader(file)), utils.load(
+        return list(csv.DictReader(file)), checkpoint.load(
             os.path.join(folder, 'models', 'latest.pth'))
 
 
@@ -103,7 +105,7 @@ def gradient(checkpoint, by_tensor):
 
 @pytest.mark.parametrize('dtype, steps, changes', (
     ('float64', 3, {'ITER_VAL': 3, 'AVERAGE': 0.5}),
-    ('float32', 1, {'VAL_SPLIT': ''})))
+    pytest.param('float32', 1, {'VAL_SPLIT': ''}, marks=pytest.mark.long)))
 def test_two_processes_equal_one(small, dtype, steps, changes):
     """Loss, gradients (as momentum), weights, bases, BN's buffers."""
     one, a = train_in('one', 1, dtype, ITER_MAX=steps, **changes)
@@ -123,7 +125,7 @@ def test_two_processes_equal_one(small, dtype, steps, changes):
                  for i in (0, 1)]
         for key, value in ranks[0].items():
             assert torch.equal(value, ranks[1][key]), (key, step)
-    start = baselines.build_network().state_dict()
+    start = heads.build_network().state_dict()
     assert not torch.equal(a['net']['fc2.weight'].float(),
                            start['fc2.weight'])
 
@@ -137,62 +139,46 @@ def test_train_spawns_a_process_for_each_device(toy, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count('processes: 2') == 1
     models = tmp_path / 'models'
-    want = utils.load(str(models / 'final.pth'))['net']
+    want = checkpoint.load(str(models / 'final.pth'))['net']
     os.replace(models / 'step_2.pth', models / 'latest.pth')
     done = run('train.py', *given, cwd=tmp_path)
-    assert 'going on after step 2' in done.stdout, done.stderr
-    got = utils.load(str(models / 'final.pth'))['net']
+    assert 'resumed after step 2' in done.stdout, done.stderr
+    got = checkpoint.load(str(models / 'final.pth'))['net']
     for key in want:
         assert torch.equal(got[key], want[key]), key
 
 
-def test_three_processes_count_every_image_once(small, toy):
-    """5 images of val over 3 processes, by eval.py's own way of starting
-    them and by torchrun."""
+TORCHRUN = ['-m', 'torch.distributed.run', '--nproc_per_node', '3']
+
+
+@pytest.mark.parametrize('launcher, changes', (
+    ([], ['DEVICES=-1,-1,-1']),
+    pytest.param(TORCHRUN, [], marks=pytest.mark.long)),
+    ids=('spawned', 'torchrun'))
+def test_three_processes_count_every_image_once(small, toy, launcher,
+                                                changes):
+    """5 images of val over 3 processes, which eval.py or torchrun starts."""
+    settings.INFERENCE = 'plain'
     torch.manual_seed(0)
-    net = baselines.build_network()
+    net = heads.build_network()
     torch.save({'net': net.state_dict(), 'step': 1}, 'a.pth')
-    want = eval.evaluate(net, dataset.val_loader(eval.open_split('val')))
-    given = [os.path.join(REPO, 'eval.py'), 'a.pth', f'DATA_ROOT={toy}',
-             'STRIDE=16', 'NUM_WORKERS=0']
-    for name, launcher, extra in (
-            ('own', [], ['DEVICES=-1,-1,-1']),
-            ('torchrun', ['-m', 'torch.distributed.run',
-                          '--nproc_per_node', '3'], [])):
-        done = subprocess.run([sys.executable, *launcher, *given,
-                               f'LOG_DIR={name}', *extra], text=True,
-                              capture_output=True)
-        assert done.returncode == 0, done.stderr
-        with open(f'{name}/eval.json') as file:
-            np.testing.assert_array_equal(json.load(file)['confusion'], want)
-    with open('results.csv', newline='') as file:
-        assert [row['images'] for row in csv.DictReader(file)] == ['5', '5']
-
-
-def test_several_processes_make_one_archive(small, tmp_path):
-    """The first, which packs, has done its share long before the second."""
-    lists = tmp_path / 'set' / 'ImageSets' / 'Segmentation'
-    lists.mkdir(parents=True)
-    (lists / 'test.txt').write_text('little\nlarge\n')
-    (tmp_path / 'set' / 'JPEGImages').mkdir()
-    for name, side in (('little', 33), ('large', 1200)):
-        Image.new('RGB', (side, side), 'red').save(
-            tmp_path / 'set' / 'JPEGImages' / f'{name}.jpg')
-    torch.save({'net': baselines.build_network().state_dict(), 'step': 1},
-               'a.pth')
-    done = run('eval.py', '--submit', 'a.pth', 'DATA_ROOT=set',
-               'VAL_SPLIT=test', 'STRIDE=16', 'NUM_WORKERS=0',
-               'DEVICES=-1,-1', cwd='.')
+    want = eval.evaluate(net, eval.open_split('val'))
+    done = subprocess.run(
+        [sys.executable, *launcher, os.path.join(REPO, 'eval.py'), 'a.pth',
+         f'DATA_ROOT={toy}', 'STRIDE=16', 'NUM_WORKERS=0',
+         'INFERENCE=plain', *changes], text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
-    with tarfile.open('results.tgz') as archive:
-        assert len(archive.getnames()) == 2
+    with open('logdir/eval.json') as file:
+        np.testing.assert_array_equal(json.load(file)['confusion'], want)
+    with open('results.csv', newline='') as file:
+        assert [row['images'] for row in csv.DictReader(file)] == ['5']
 
 
 def test_a_batch_that_does_not_divide_is_refused(small):
     vars(settings).update(BATCH_SIZE=6, ACCUM=2)
-    train.check_settings(3)
-    with pytest.raises(ValueError, match='BATCH_SIZE=6 .* 4 processes'):
-        train.check_settings(4)
+    train.check_run(3)
+    with pytest.raises(utils.UserError, match='BATCH_SIZE=6 .* 4 processes'):
+        train.check_run(4)
 
 
 # ------------------------------------------------- one small GPU
@@ -201,10 +187,9 @@ def test_parts_of_a_step_have_the_whole_gradient(small):
     from the same bases, which move once, by the mean."""
     settings.FREEZE = 'bn'
     torch.manual_seed(0)
-    net = baselines.build_network().double()
-    settings.ACCUM = 2
-    train.freeze(net)
-    train.set_training(net)
+    net = heads.build_network().double()
+    net.emau.accum = 2
+    train.set_train_mode(net)
     for m in net.modules():         # the head's too: then parts are exact
         if isinstance(m, torch.nn.modules.batchnorm._BatchNorm):
             m.eval()
@@ -244,11 +229,11 @@ def test_parts_of_a_step_have_the_whole_gradient(small):
 def test_frozen_parts_do_not_move(small, what, monkeypatch):
     """Over a validation as well, which turns modes about."""
     vars(settings).update(FREEZE=what, ITER_VAL=1, ITER_MAX=2, CROP_SIZE=33)
-    monkeypatch.setattr(sys, 'argv', ['train.py'])
-    utils.seed(settings.SEED, False)
-    before = baselines.build_network().state_dict()
-    train.main()
-    after = utils.load('models/final.pth')['net']
+    monkeypatch.setattr(train, 'validation_images', lambda *a: ())
+    utils.seed_everything(settings.SEED, False)
+    before = heads.build_network().state_dict()
+    train_here(monkeypatch)
+    after = checkpoint.load('models/final.pth')['net']
     moved = {key for key in before if not torch.equal(before[key],
                                                       after[key])}
     backbone = {key for key in moved if key.startswith('extractor')}
@@ -260,32 +245,29 @@ def test_frozen_parts_do_not_move(small, what, monkeypatch):
 # ------------------------------------------------- averaged weights
 def test_averaged_weights_by_hand(small, monkeypatch):
     """a <- d a + (1 - d) w after each step; buffers are copied; both nets
-    are scored; a resume goes on bit for bit."""
+    are scored; a run resumes bit for bit."""
     vars(settings).update(AVERAGE=0.75, ITER_SAVE=1, ITER_MAX=3, ITER_VAL=3,
                           CROP_SIZE=33)
-    monkeypatch.setattr(sys, 'argv', ['train.py'])
-    train.main()
-    steps = [utils.load(f'models/step_{i}.pth') for i in (1, 2, 3)]
+    rows = train_here(monkeypatch)
+    steps = [checkpoint.load(f'models/step_{i}.pth') for i in (1, 2, 3)]
     want = steps[0]['net']['fc2.weight']
     for state in steps:
         want = 0.75 * want + 0.25 * state['net']['fc2.weight']
         torch.testing.assert_close(state['average']['fc2.weight'], want)
         for name in ('emau.mu', 'fc0.bn.running_var'):
             assert torch.equal(state['average'][name], state['net'][name])
-    with open('logdir/log.csv') as file:
-        rows = list(csv.DictReader(file))
-    assert rows[-1]['val_mIoU'] and rows[-1]['val_mIoU_average']
+    assert rows[3]['val_mIoU'] and rows[3]['val_mIoU_average']
     os.replace('models/step_2.pth', 'models/latest.pth')
-    train.main()
-    again = utils.load('models/latest.pth')['average']
+    train_here(monkeypatch)
+    again = checkpoint.load('models/latest.pth')['average']
     for key, value in again.items():
         assert torch.equal(value, steps[2]['average'][key]), key
-    done = run('eval.py', f'DATA_ROOT={settings.DATA_ROOT}', cwd='.')
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(sys, 'argv', ['eval.py'])
+    eval.main()
     with open('logdir/eval.json') as file:
         result = json.load(file)
     assert result['average']['mIoU'] == pytest.approx(
-        float(rows[-1]['val_mIoU_average']), rel=1e-6)
+        float(rows[3]['val_mIoU_average']), rel=1e-6)
 
 
 # ------------------------------------------------- mixed precision
@@ -313,11 +295,10 @@ def test_mixed_precision_trains_on_what_it_should(small, name, monkeypatch):
     monkeypatch.setattr(network.EMAU, 'em', lambda unit, x, mu: (
         seen.update(em=x.dtype), inner(unit, x, mu))[1])
     vars(settings).update(AMP=name, ITER_MAX=1, VAL_SPLIT='', CROP_SIZE=33)
-    monkeypatch.setattr(sys, 'argv', ['train.py'])
-    train.main()
+    train_here(monkeypatch)
     short = {'bf16': torch.bfloat16, 'fp16': torch.float16}[name]
     assert seen['em'] == seen['cross_entropy'] == torch.float32
-    state = utils.load('models/latest.pth')
+    state = checkpoint.load('models/latest.pth')
     assert all(v.isfinite().all() and v.dtype != short
                for v in state['net'].values())
     assert bool(state['scaler']) == (name == 'fp16')
@@ -326,13 +307,12 @@ def test_mixed_precision_trains_on_what_it_should(small, name, monkeypatch):
 def test_labels_are_checked_before_several_processes_score(small, toy,
                                                            tmp_path):
     """Masks of 0 and 255 alone are refused, as by one process."""
-    import shutil
     root = tmp_path / 'set'
     shutil.copytree(toy, root)
     for path in (root / 'SegmentationClassAug').iterdir():
         label = np.array(Image.open(path))
         Image.fromarray(np.uint8(255 * (label > 0))).save(path)
-    torch.save({'net': baselines.build_network().state_dict(), 'step': 1},
+    torch.save({'net': heads.build_network().state_dict(), 'step': 1},
                'a.pth')
     done = run('eval.py', 'a.pth', f'DATA_ROOT={root}', 'STRIDE=16',
                'NUM_WORKERS=0', 'DEVICES=-1,-1', cwd='.')

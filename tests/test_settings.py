@@ -36,6 +36,14 @@ def same(a, b):
     return repr(a) == repr(b)
 
 
+def refused(words, start, function=settings.override):
+    """The function refuses words in one line that begins so."""
+    with pytest.raises(settings.SettingError) as error:
+        function(words)
+    text = str(error.value)
+    assert text.startswith(start) and '\n' not in text
+
+
 def source():
     with open(os.path.join(REPO, 'settings.py')) as file:
         return ast.parse(file.read())
@@ -71,10 +79,11 @@ def test_as_dict_is_plain(tmp_path):
 
 def test_every_setting_is_read():
     text = ''
-    for path in glob.glob(os.path.join(REPO, '*.py')):
-        if os.path.basename(path) != 'settings.py':
-            with open(path) as file:
-                text += file.read()
+    for folder in ('', 'lib', 'converters', 'tools'):
+        for path in glob.glob(os.path.join(REPO, folder, '*.py')):
+            if os.path.basename(path) != 'settings.py':
+                with open(path) as file:
+                    text += file.read()
     unread = [name for name in settings.as_dict()
               if not re.search(rf'\b(settings|s)\.{name}\b', text)]
     assert not unread
@@ -91,7 +100,8 @@ def test_every_setting_is_read():
     ('SCALES=0.5,2', (0.5, 2.0)), ('SCALES=[1]', (1.0,)),
     ('EVAL_SCALES=2', (2.0,)), ('EVAL_CLASSES=0,8', (0, 8)),
     ('EVAL_CLASSES=()', ()), ('DEVICES=3', [3]), ('DEVICES=0,1', [0, 1]),
-    ('DEVICES=(0, 1)', [0, 1]), ('DEVICES=[]', [])])
+    ('DEVICES=(0, 1)', [0, 1]), ('DEVICES=[]', []),
+    ('CLASS_WEIGHTS=()', ()), ('CLASS_WEIGHTS=2', (2.0,))])
 def test_override_takes(word, value):
     assert settings.override([word]) == []
     name = word.split('=')[0]
@@ -115,13 +125,11 @@ def test_override_takes_back_what_it_prints():
     ('EVAL_FLIP=1', 'bool'), ('EVAL_FLIP=true', 'bool'),
     ('SCALES=0.5,x', 'tuple'), ('SCALES=1.0,True', 'tuple of float'),
     ("SCALES='12'", 'tuple of float'), ('EVAL_CLASSES=0.5', 'tuple of int'),
-    ('DEVICES=0.5', 'list of int'), ('DEVICES=all', 'list')])
+    ('CLASS_WEIGHTS=', 'tuple of float'), ('DEVICES=0.5', 'list of int'),
+    ('DEVICES=all', 'list of int')])
 def test_override_refuses_another_type(word, kind):
     before, name = settings.as_dict(), word.split('=')[0]
-    with pytest.raises(ValueError) as error:
-        settings.override([word])
-    text = str(error.value)
-    assert text.startswith(f'{word}: {name} takes a value of type {kind}')
+    refused([word], f'{word}: {name} takes a value of type {kind}')
     assert same(settings.as_dict(), before) and not settings.given()
 
 
@@ -130,10 +138,18 @@ def test_override_refuses_another_type(word, kind):
     ('N_CLASS=3', 'N_CLASSES'), ('_given=1', ''), ('override=1', '')])
 def test_override_names_the_nearest(word, nearest):
     name = word.split('=')[0]
-    with pytest.raises(ValueError, match=(
-            rf'^{re.escape(word)}: there is no setting {name}; '
-            rf'the nearest is {nearest}')):
-        settings.override([word])
+    refused([word], f'{word}: there is no setting {name}; '
+                    f'the nearest is {nearest}')
+
+
+@pytest.mark.parametrize('word, old, new', [
+    ('OHEM_LEAST=0.1', 'OHEM_LEAST', 'OHEM_MIN_KEPT'),
+    ('CLASS_WEIGHTS=auto', 'CLASS_WEIGHTS=auto', 'BALANCE_CLASSES=True')])
+def test_override_names_what_was_renamed(word, old, new):
+    refused([word], f'{word}: {old} is now {new}')
+    assert new.split('=')[0] in settings.as_dict()
+    settings.override(['CLASS_WEIGHTS=1,0.5'])       # is still a setting
+    assert settings.CLASS_WEIGHTS == (1.0, 0.5)
 
 
 def test_override_returns_other_words_in_order():
@@ -142,11 +158,110 @@ def test_override_returns_other_words_in_order():
     assert settings.LR == 1
 
 
-def test_take_allows_no_other_words():
-    settings.take(['LR=1'])
+def test_override_all_allows_no_other_words():
+    settings.override_all(['LR=1'])
     assert settings.LR == 1
-    with pytest.raises(ValueError, match='^a.pth: only KEY=VALUE words'):
-        settings.take(['LR=1', 'a.pth', 'b'])
+    refused(['LR=1', 'a.pth', 'b'], 'a.pth: only KEY=VALUE words',
+            settings.override_all)
+
+
+# ------------------------------------------------- validate
+def invalid(name, value, *parts, for_training=False):
+    """validate() refuses a value in one line that begins with its name."""
+    settings.validate(for_training)                  # without it, it is valid
+    vars(settings)[name] = value
+    with pytest.raises(settings.SettingError) as error:
+        settings.validate(for_training)
+    text = str(error.value)
+    assert text.startswith(name) and '\n' not in text
+    for part in parts:
+        assert part in text
+
+
+def test_every_setting_is_in_the_table_and_its_default_valid():
+    assert list(settings._TABLE) == list(settings.as_dict())
+    settings.validate(for_training=True)
+    for name, (kind, allowed, about) in settings._TABLE.items():
+        value = getattr(settings, name)
+        assert type(value) is getattr(kind, '__origin__', kind), name
+        for each in value if isinstance(value, (list, tuple)) else ():
+            assert type(each) is kind.__args__[0], name
+        assert about in ('network', 'machine', 'run'), name
+        assert allowed is None or isinstance(allowed, tuple) or re.fullmatch(
+            r'[\[(]\d+, (\d+|inf)[\])]', allowed), name
+
+
+@pytest.mark.parametrize('name', [
+    name for name, (_, allowed, _) in settings._TABLE.items()
+    if isinstance(allowed, tuple)])
+def test_a_choice_is_refused_with_the_choices(name):
+    wanted = ', '.join(map(repr, settings.choices(name)))
+    for value in settings.choices(name):
+        vars(settings)[name] = value
+        settings.validate()
+    invalid(name, 'other', f'{name}=other: it can be {wanted}')
+
+
+@pytest.mark.parametrize('name, good, bad, wanted', [
+    ('CROP_SIZE', [1, 10 ** 6], [0, -3], 'at least 1'),
+    ('N_CLASSES', [2, 256], [1, 257], 'at least 2 and at most 256'),
+    ('DROPOUT', [0.0, 0.99], [-0.1, 1.0], 'at least 0 and below 1'),
+    ('EM_MOM', [0.0, 1.0], [-0.1, 1.1], 'at least 0 and at most 1'),
+    ('OHEM_THRESHOLD', [0.1, 1.0], [0.0, 1.1], 'above 0 and at most 1'),
+    ('LR', [0.0, 1e9], [-1e-9, float('nan')], 'at least 0'),
+    ('SCALES', [(0.1,), (1.0, 9.0)], [(0.0,), (1.0, -1.0)], 'above 0'),
+    ('EVAL_CLASSES', [(), (0, 20)], [(-1,), (0, 256)],
+     'at least 0 and at most 255')])
+def test_a_range_is_refused_with_its_bounds(name, good, bad, wanted):
+    for value in good:
+        vars(settings)[name] = value
+        settings.validate()
+    for value in bad:
+        vars(settings)[name] = good[0]
+        invalid(name, value, f'{name}={value}: it can be {wanted}')
+
+
+@pytest.mark.parametrize('name, value, parts', [
+    ('EVAL_CLASSES', (1, 21), ['=(1, 21): classes are 0 to 20']),
+    ('SCALES', (), ['=(): name at least one']),
+    ('EVAL_SCALES', (), ['=(): name at least one']),
+    ('MEAN', (0.5,), ['=(0.5,): it is of R, G and B']),
+    ('STD', (1.0,) * 4, ['R, G and B'])])
+def test_rules_between_settings(name, value, parts):
+    invalid(name, value, *parts)
+
+
+@pytest.mark.parametrize('others, name, value, parts', [
+    ({}, 'CLASS_WEIGHTS', (1.0, 2.0), ['=(1.0, 2.0)', '21 numbers']),
+    ({}, 'CLASS_WEIGHTS', (0.0,) * 21, ['not all 0']),
+    ({'BALANCE_CLASSES': True}, 'CLASS_WEIGHTS', (1.0,) * 21,
+     ['BALANCE_CLASSES=True']),
+    ({'RECOMPUTE': True}, 'COMPILE', True, ['RECOMPUTE=True']),
+    ({'BATCH_SIZE': 1}, 'HEAD', 'deeplabv3', ['BATCH_SIZE=1', 'ACCUM=1']),
+    ({'BATCH_SIZE': 3, 'ACCUM': 2}, 'HEAD', 'deeplabv3plus', ['ACCUM=2'])])
+def test_rules_of_training(others, name, value, parts):
+    vars(settings).update(others)
+    invalid(name, value, *parts, for_training=True)
+    settings.validate()                              # they bind nothing else
+
+
+def test_class_weights_of_every_class_are_valid():
+    settings.CLASS_WEIGHTS = (0.0,) * 20 + (1.0,)
+    settings.validate(for_training=True)
+
+
+def test_describe_names_value_type_and_choices():
+    first, *lines = settings.describe().splitlines()
+    assert 'KEY=VALUE' in first
+    assert [line.split()[0] for line in lines] == list(settings.as_dict())
+    for line in ("  STRIDE = 8 (int: 8, 16, 32)",
+                 "  STEM = 'deep' (str: 'deep', 'plain')",
+                 '  OHEM_THRESHOLD = 0.7 (float: above 0 and at most 1)',
+                 '  EVAL_SCALES = (1.0,) (tuple[float]: above 0)',
+                 '  EVAL_FLIP = False (bool)', '  DEVICES = [] (list[int])'):
+        assert line in lines
+    settings.LR = 0.5
+    assert '  LR = 0.5 (float: at least 0)' in settings.describe()
 
 
 # ------------------------------------------------- checkpoints
@@ -170,6 +285,7 @@ def test_adopt_takes_the_network_alone():
         'STAGE_NUM_EVAL', 'EM_KEEP', 'EM_MOM', 'EM_NORM', 'EM_GRAD',
         'CROP_SIZE'}
     assert settings.as_dict() == {**before, **changed}
+    assert settings.network_settings() == changed
 
 
 def test_adopt_says_nothing_of_equal_values():

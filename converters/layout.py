@@ -1,0 +1,205 @@
+"""The one layout of a prepared data set, and the work of filling it.
+
+    ROOT/JPEGImages/ID.jpg
+    ROOT/SegmentationClassAug/ID.png            class index, 255 = void
+    ROOT/ImageSets/Segmentation/SPLIT.txt       an ID a line, sorted
+    ROOT/classes.txt                            a line a class: name r g b
+    ROOT/prepared.json                          name, options; counts when done
+
+A converter calls is_ready(), begin(), run_jobs() and finish(), in that order;
+a conversion that was cut off is resumed when it is run again.
+"""
+import collections
+import concurrent.futures
+import json
+import os
+import signal
+
+import numpy as np
+
+import utils
+
+LISTS = os.path.join('ImageSets', 'Segmentation')
+VOID = 255
+FORMER_NAMES = {'masks': 'custom'}      # in prepared.json of older sets
+
+
+def image_path(root, name):
+    """Return the path of an image in the layout."""
+    return os.path.join(root, 'JPEGImages', name + '.jpg')
+
+
+def label_path(root, name):
+    """Return the path of a label in the layout."""
+    return os.path.join(root, 'SegmentationClassAug', name + '.png')
+
+
+# ------------------------------------------------- begin and finish
+def is_ready(root, name, options):
+    """Tell whether root already holds this data set, complete.
+
+    Raises UserError when it holds anything else.
+    """
+    path = os.path.join(root, 'prepared.json')
+    if not os.path.exists(path):
+        if os.path.isfile(root) or (os.path.isdir(root) and
+                                    os.listdir(root)):
+            raise utils.UserError(f'{root} holds files that prepare.py did '
+                                  f'not make; name another folder with --to')
+        return False
+    with open(path) as file:
+        stamp = json.load(file)
+    held = FORMER_NAMES.get(stamp['name'], stamp['name'])
+    if (held, stamp['options']) != (name, options):
+        raise utils.UserError(f'{root} holds {held} {stamp["options"]}, not '
+                              f'{name} {options}; name another folder with '
+                              f'--to, or remove this one')
+    if 'counts' not in stamp or missing(root, stamp['counts']):
+        return False
+    utils.log(f'{root} is ready: {name}, {stamp["counts"]}; remove it to '
+              f'convert it again')
+    return True
+
+
+def begin(root, name, options, classes):
+    """Make the folders of the layout, the class file and prepared.json.
+
+    classes: names and colours, [str], [[r, g, b]].
+    """
+    try:
+        for folder in ('JPEGImages', 'SegmentationClassAug', LISTS):
+            os.makedirs(os.path.join(root, folder), exist_ok=True)
+    except OSError as error:
+        raise utils.RunError(f'{root} cannot be made ({error}); name another '
+                             f'folder with --to') from None
+    write_lines(os.path.join(root, 'classes.txt'), [
+        f'{c} {r} {g} {b}' for c, (r, g, b) in zip(*classes, strict=True)])
+    utils.save_json({'name': name, 'options': options},
+                    os.path.join(root, 'prepared.json'))
+
+
+def finish(root, name, options, lists):
+    """Write the lists {split: IDs}, and their counts into prepared.json.
+
+    Raises RunError when an image or a label of theirs is missing.
+    """
+    for split, names in lists.items():
+        write_lines(os.path.join(root, LISTS, split + '.txt'), sorted(names))
+    counts = {split: len(names) for split, names in lists.items()}
+    lost = missing(root, counts)
+    if lost:
+        raise utils.RunError(f'{len(lost)} files of the lists were not made, '
+                             f'such as {lost[0]}')
+    os.sync()               # files were not made to wait for the disk
+    utils.save_json({'name': name, 'options': options, 'counts': counts},
+                    os.path.join(root, 'prepared.json'))
+    utils.log(f'{root} is ready: {name}, {counts}')
+
+
+def missing(root, splits):
+    """Return the paths of lists, and of what they name, that are not there,
+    or empty, as a power cut leaves them."""
+    lists = [os.path.join(root, LISTS, split + '.txt') for split in splits]
+    lost, names = [path for path in lists if not os.path.exists(path)], set()
+    for path in filter(os.path.exists, lists):
+        with open(path) as file:
+            names.update(file.read().splitlines())
+    return sorted(lost + [where(root, name) for name in names
+                          for where in (image_path, label_path)
+                          if not file_bytes(where(root, name))])
+
+
+# ------------------------------------------------- files
+def file_bytes(path):
+    """Return the size of a file, or of a folder's files; 0 for neither."""
+    if os.path.isdir(path):
+        return sum(entry.stat().st_size for entry in os.scandir(path))
+    return os.path.getsize(path) if os.path.exists(path) else 0
+
+
+def write_bytes(path, data):
+    """Write a file, whole or not at all."""
+    with utils.atomic_write(path, flush=False) as part, \
+            open(part, 'wb') as file:
+        file.write(data)
+
+
+def write_lines(path, lines):
+    """Write a text file, whole or not at all."""
+    with utils.atomic_write(path) as part, open(part, 'w') as file:
+        file.writelines(f'{line}\n' for line in lines)
+
+
+def save_jpeg(image, path):
+    """Write a Pillow image, whole or not at all, as a JPEG of quality 95 with
+    chroma at full resolution."""
+    with utils.atomic_write(path, flush=False) as part:
+        image.convert('RGB').save(part, 'JPEG', quality=95, subsampling=0)
+
+
+def remap_ids(mask, ids):
+    """Return a mask (H, W) of ids as classes: ids[i] is i, others void."""
+    table = np.full(257, VOID, np.uint8)
+    table[list(ids)] = range(len(ids))
+    return table[np.minimum(mask, np.int32(256))]
+
+
+# ------------------------------------------------- several processes
+def map_in_processes(work, jobs, desc, total=None, is_done=None):
+    """Yield work(*job) of each job, in order, from several processes.
+
+    Args:
+        work: a function of a module, which the processes import.
+        jobs: tuples of arguments; a generator is read only so far ahead.
+        desc, total: text and length of the progress bar.
+        is_done: jobs of which is_done(job) is true are skipped.
+    """
+    batch_size = min(16, (total or 0) // 100 + 1)
+    pending, batch = collections.deque(), []
+    with concurrent.futures.ProcessPoolExecutor(
+            min(8, os.cpu_count() or 1), initializer=signal.signal,
+            initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
+        for job in utils.progress(jobs, desc=desc, total=total):
+            if not (is_done and is_done(job)):
+                batch.append(job)
+            if len(batch) == batch_size:
+                pending.append(pool.submit(_run_batch, work, batch))
+                batch = []
+            if len(pending) * batch_size > 64:      # what is read ahead
+                yield from pending.popleft().result()
+        pending.append(pool.submit(_run_batch, work, batch))
+        for future in pending:
+            yield from future.result()
+
+
+def _run_batch(work, jobs):
+    return [work(*job) for job in jobs]
+
+
+def run_jobs(jobs, desc):
+    """Call work(path, *rest) for each job (work, path, *rest) whose path is
+    not there yet, in several processes; work writes the file at path, or none.
+
+    Where rest begins with a path, a file older than that is made again.
+    Raises UserError or RunError that names the path.
+    """
+    total = len(jobs) if isinstance(jobs, list) else None
+    for _ in map_in_processes(_run_job, jobs, desc, total,
+                              lambda job: is_made(*job[1:3])):
+        pass
+
+
+def is_made(path, source):
+    """Tell whether a file is there, whole, and not older than its source."""
+    return file_bytes(path) > 0 and not (
+        isinstance(source, str)
+        and os.path.getmtime(source) > os.path.getmtime(path))
+
+
+def _run_job(work, path, *rest):
+    try:
+        work(path, *rest)
+    except (utils.UserError, ValueError) as error:
+        raise utils.UserError(f'{path} cannot be made: {error}') from None
+    except (utils.RunError, OSError) as error:
+        raise utils.RunError(f'{path} cannot be made: {error}') from None

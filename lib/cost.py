@@ -1,0 +1,79 @@
+"""What a network costs: multiply-accumulates, activations, parameters,
+counted on the meta device where nothing is allocated; memory there is."""
+import resource
+import sys
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+
+class ActivationCounter(TorchDispatchMode):
+    """Count the elements of all tensors that operators return, views aside.
+    """
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.count += sum(
+                x.numel() for x in (out if isinstance(out, tuple) else [out])
+                if isinstance(x, torch.Tensor) and x.is_floating_point())
+        return out
+
+
+def complexity(net, size=(513, 513)):
+    """Count what one image of size (H, W) pixels costs.
+
+    The network may be on the meta device.
+
+    Returns: dict(macs, activations, params): multiply-accumulates of
+    convolutions and matrix products by torch's counter; elements that
+    operators return, in place or not; elements of all parameters.
+    """
+    parameters = list(net.parameters())
+    image = torch.zeros(1, 3, *size, device=parameters[0].device)
+    net.eval()
+    with (torch.no_grad(), sdpa_kernel(SDPBackend.MATH),
+          ActivationCounter() as activations,
+          FlopCounterMode(display=False) as flops):
+        net(image)
+    return {'macs': flops.get_total_flops() // 2,
+            'activations': activations.count,
+            'params': sum(p.numel() for p in parameters)}
+
+
+def peak_memory(device):
+    """Return the peak memory so far, GiB: of tensors on a GPU, since this was
+    last asked for; else of the whole process."""
+    if device.type == 'cuda':
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak / 2 ** 30
+    unit = 1 if sys.platform == 'darwin' else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
+
+
+def available_memory():
+    """Return the bytes of main memory that can still be taken, by the machine
+    and by the container (cgroup); None where the system does not tell."""
+    try:
+        with open('/proc/meminfo') as file:         # Linux
+            fields = dict(line.split(':') for line in file)
+        free = int(fields['MemAvailable'].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+    try:
+        limit, used = (int(read_text(f'/sys/fs/cgroup/memory.{name}'))
+                       for name in ('max', 'current'))
+        return min(free, max(0, limit - used))
+    except (OSError, ValueError):       # no container, or 'max': no limit
+        return free
+
+
+def read_text(path):
+    """Return what a text file holds."""
+    with open(path) as file:
+        return file.read()

@@ -1,0 +1,255 @@
+"""Several processes that train, score or write as one.
+
+`join` starts one process for each device, or joins those that torchrun has
+started; after it, rank() and world() of utils say who this process is.
+"""
+import contextlib
+import datetime
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import warnings
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import settings
+from utils import STOPPED, RunError, UserError, is_launched, log, world
+
+
+# ------------------------------------------------- stop requests
+class StopRequest:
+    """True once SIGTERM or Ctrl-C has come, or the process that started this
+    one is gone; a second Ctrl-C ends at once."""
+
+    def __init__(self):
+        self.name = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number, frame):
+        if self.name and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.name = signal.Signals(number).name
+
+    def __bool__(self):
+        if is_spawned() and os.environ['SPAWNED_BY'] != str(os.getppid()):
+            self.name = self.name or 'the end of the process that started us'
+        return self.name is not None
+
+
+# ------------------------------------------------- starting processes
+def is_spawned():
+    """Tell whether spawn() of another process started this one."""
+    return 'SPAWNED_BY' in os.environ
+
+
+def spawn(count):
+    """Run this program's command in `count` processes; return their exit
+    status: STOPPED if one has that, else the first that is not 0.
+
+    They find each other as torchrun's do, by the environment. Where one
+    fails the others are ended.
+    """
+    with socket.socket() as free:
+        free.bind(('localhost', 0))
+        port = free.getsockname()[1]
+    threads = max(1, (os.cpu_count() or 1) // count)
+    shared = {'OMP_NUM_THREADS': str(threads), **os.environ,
+              'MASTER_ADDR': 'localhost', 'MASTER_PORT': str(port),
+              'WORLD_SIZE': str(count), 'SPAWNED_BY': str(os.getpid())}
+    processes = [subprocess.Popen(      # orig_argv: `-m` and its module too
+        [sys.executable, *sys.orig_argv[1:]],
+        env={**shared, 'RANK': str(i), 'LOCAL_RANK': str(i)})
+        for i in range(count)]
+    stop, is_passed_on, failed = StopRequest(), False, 0
+    while any(process.poll() is None for process in processes):
+        codes = [process.poll() for process in processes]
+        failed = failed or next((c for c in codes if c not in (
+            None, 0, STOPPED)), 0)
+        if failed or stop and not is_passed_on:
+            is_passed_on = True
+            for process in processes:
+                process.terminate()
+        if failed:
+            _end(processes, seconds=10)
+        time.sleep(0.1)
+    codes = [process.returncode for process in processes]
+    failed = failed or next((c for c in codes if c not in (0, STOPPED)), 0)
+    if failed < 0:
+        log(f'a process was ended by {signal.Signals(-failed).name}; the '
+            f'others were stopped')
+    if failed:
+        return failed if failed > 0 else 1
+    return max(codes)
+
+
+def _end(processes, seconds):
+    """Wait for processes to end; kill those that take longer."""
+    until = time.monotonic() + seconds
+    for process in processes:
+        try:
+            process.wait(max(0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def join(devices):
+    """Become one of several processes where a launcher, torchrun or spawn(),
+    says so; return this process's device.
+
+    Where nobody launched several but several devices are asked for, they are
+    spawned here, and this process exits with their status.
+    """
+    if not is_launched():
+        if len(devices) > 1:
+            sys.exit(spawn(len(devices)))
+        return devices[0]
+    local = int(os.environ['LOCAL_RANK'])
+    if devices[0].type != 'cpu' and local >= len(devices):
+        raise UserError(f'process {local} of this machine has no device: '
+                        f'there are {len(devices)}; start fewer')
+    device = devices[local % len(devices)]
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)
+    dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo',
+                            timeout=datetime.timedelta(minutes=10))
+    return device
+
+
+def leave(status):
+    """End this process in good order with the others."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if status:
+        sys.exit(status)
+
+
+# ------------------------------------------------- exchanging values
+def gather(value):
+    """Return the plain values of all processes, by rank."""
+    if world() == 1:
+        return [value]
+    values = [None] * world()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def assert_agreed(value, what):
+    """Return a value that is the same in all processes; raise RunError where
+    it is not, as for a folder that machines do not share."""
+    values = gather(value)
+    if values != [value] * len(values):
+        raise RunError(f'the processes differ on whether {what}: {values}; '
+                       f'have all machines share that folder')
+    return value
+
+
+# ------------------------------------------------- devices
+def pick_devices(numbers):
+    """Return the torch.devices to work on, one process each: CUDA GPUs by
+    their numbers, Apple's GPU, or the CPU.
+
+    numbers: the DEVICES setting; [] means all there are, -1 is the CPU.
+    """
+    count = torch.cuda.device_count()
+    missing = [n for n in numbers if n not in range(-1, count)]
+    if missing:
+        raise UserError(f'DEVICES={list(numbers)}: this machine has {count} '
+                        f'CUDA GPUs, numbered from 0; -1 is the CPU, and '
+                        f'DEVICES=[] takes what there is')
+    if numbers or count:
+        return [torch.device('cpu') if n < 0 else torch.device('cuda', n)
+                for n in numbers or range(count)]
+    mps = torch.backends.mps.is_available()
+    return [torch.device('mps' if mps else 'cpu')]
+
+
+def pick_devices_for(path):
+    """Return the devices to run a checkpoint on: DEVICES; of an ONNX file the
+    CPU."""
+    if not path.endswith('.onnx'):
+        return pick_devices(settings.DEVICES)
+    devices = pick_devices(settings.DEVICES or [-1])
+    if any(device.type != 'cpu' for device in devices):
+        raise UserError(f'DEVICES={settings.DEVICES}: {path} is run on the '
+                        f'CPU; DEVICES=-1')
+    return devices
+
+
+def describe_device(device):
+    """Return the device in words, for the log."""
+    if device.type == 'cuda':
+        return f'{device} ({torch.cuda.get_device_name(device)})'
+    return f'{device} ({torch.get_num_threads()} threads)'
+
+
+# ------------------------------------------------- gradients, batch norm
+def wrap_ddp(net):
+    """Return the net, its gradients averaged over all processes."""
+    if world() == 1:
+        return net
+    with warnings.catch_warnings():     # its new name is not in every torch
+        warnings.filterwarnings('ignore', '.*broadcast_buffers')
+        return DistributedDataParallel(net, broadcast_buffers=False)
+
+
+def skip_sync(model, skip):
+    """Return a context in which processes exchange no gradients, if skip."""
+    is_ddp = isinstance(model, DistributedDataParallel)
+    return model.no_sync() if skip and is_ddp else contextlib.nullcontext()
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """torch's all-reduce with its gradient, which is an all-reduce too. (The
+    one in torch.distributed.nn.functional is about to go.)"""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _SumOverProcesses.forward(ctx, grad)
+
+
+class GlobalBatchNorm(nn.BatchNorm2d):
+    """Batch norm over the batches of all processes, which are of one size.
+
+    For the CPU, where torch's SyncBatchNorm refuses; differentiable.
+    """
+
+    def forward(self, x):                                       # (b, c, h, w)
+        if not self.training:
+            return super().forward(x)
+        y = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        count = y.numel() // y.shape[1] * dist.get_world_size()
+        total = _SumOverProcesses.apply
+        mean = total(y.sum((0, 2, 3))) / count                  # (c,)
+        y = y - mean[:, None, None]
+        var = total(y.square().sum((0, 2, 3))) / count          # (c,)
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * count / (count - 1), self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * (var + self.eps).rsqrt()
+        return (y * scale[:, None, None]
+                + self.bias[:, None, None]).to(x.dtype)
+
+
+def sync_batch_norm(net):
+    """Return the net with batch statistics taken over all processes; its
+    state_dict keeps its keys."""
+    if next(net.parameters()).device.type == 'cuda':
+        return nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    for module in net.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = GlobalBatchNorm  # same tensors, other forward
+    return net

@@ -1,0 +1,182 @@
+"""Reads and writes images, labels, class files and palettes.
+
+Images are (H, W, 3) uint8 RGB, labels (H, W) uint8 class indices.
+"""
+import contextlib
+import io
+import os
+
+import cv2
+import numpy as np
+from PIL import Image, ImageOps
+
+from utils import ROOT, RunError, UserError, atomic_write
+
+UNREADABLE = (OSError, ValueError, SyntaxError, cv2.error,
+              Image.DecompressionBombError)     # what decoders raise
+
+
+def _unreadable(path, kind, error):
+    reason = ' '.join(str(error).split()) or type(error).__name__
+    return UserError(f'{path} cannot be read as {kind} ({reason}); replace it '
+                     f'or take its id from the list')
+
+
+# ------------------------------------------------- reading
+def read_image(path):
+    """Return an image of a data set, rows as they are stored: EXIF's
+    orientation is not applied, as labels do not have it.
+
+    Raises UserError. OpenCV fills up a truncated JPEG with grey and says
+    nothing, so a file without its end is left to Pillow to judge.
+    """
+    try:
+        data = np.fromfile(path, np.uint8)
+        if not data[-512:].tobytes().rstrip(b'\0').endswith(b'\xff\xd9'):
+            with Image.open(path) as image:
+                return np.array(image.convert('RGB'))
+        image = cv2.imdecode(
+            data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+        if image is None:
+            raise OSError('no JPEG')
+    except UNREADABLE as error:
+        raise _unreadable(path, 'an image', error) from None
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def read_label(path):
+    """Return a PNG's class indices, palette or grey alike.
+
+    Raises UserError for what is no PNG and for coloured masks.
+    """
+    try:
+        with open(path, 'rb') as file:
+            data = file.read()
+        with Image.open(io.BytesIO(data), formats=('PNG',)) as image:
+            mode, label = image.mode, np.array(image)
+    except UNREADABLE as error:
+        raise _unreadable(path, 'a PNG', error) from None
+    if mode not in ('P', 'L', '1'):
+        raise UserError(f'{path} is a PNG of mode {mode}; a label holds class '
+                        f'indices, 8-bit palette or grey')
+    label = label.astype(np.uint8)
+    depth, kind = data[24], data[25]        # grey of 2 or 4 bits: Pillow
+    if kind == 0 and depth in (2, 4):       # stretches it to 0..255
+        label //= 255 // (2 ** depth - 1)
+    return label
+
+
+def image_size(path):
+    """Return (H, W) of an image, read from its header. Raises UserError."""
+    try:
+        with Image.open(path) as image:
+            return image.size[::-1]
+    except UNREADABLE as error:
+        raise _unreadable(path, 'an image', error) from None
+
+
+def read_any_image(path):
+    """Return any image that Pillow reads: turned upright, 16 bits made 8, on
+    white where it is transparent. Raises UserError."""
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith('I'):
+                grey = np.asarray(image)
+                grey = grey // 257 if grey.max() > 255 else grey
+                image = Image.fromarray(np.uint8(grey.clip(0, 255)))
+            if image.has_transparency_data:
+                image = image.convert('RGBA')
+                white = Image.new('RGBA', image.size, 'white')
+                image = Image.alpha_composite(white, image)
+            return np.array(image.convert('RGB'))
+    except UNREADABLE as error:
+        raise UserError(f'{path} cannot be read as an image ({error})'
+                        ) from None
+
+
+# ------------------------------------------------- writing
+@contextlib.contextmanager
+def writing(path):
+    """Make the folder of a path; raise RunError that names the path where
+    what is done meanwhile cannot be written."""
+    try:
+        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+        yield
+    except OSError as error:
+        raise RunError(f'{path} cannot be written ({error}); make room, or '
+                       f'name another place') from None
+
+
+def save_image(image, path, **options):
+    """Write an image in the format of the path's ending; options: Pillow's.
+    """
+    Image.fromarray(image).save(path, **options)
+
+
+def save_label(label, path, colours):
+    """Write a label as a palette PNG; colours [[r, g, b]]."""
+    image = Image.fromarray(label)          # mode L, then read as indices
+    image.putpalette(full_palette(colours).tobytes())
+    with atomic_write(path, flush=False) as part:   # the default level takes
+        image.save(part, 'PNG', compress_level=4)   # twice the time
+
+
+# ------------------------------------------------- classes and colours
+def class_file(name):
+    """Return the path of a data set's class file, classes/NAME.txt."""
+    return os.path.join(ROOT, 'classes', f'{name}.txt')
+
+
+def read_classes(root, n_classes):
+    """Return a data set's class names and colours, [str], [[r, g, b]].
+
+    From root/classes.txt; without one, numbers and VOC's colours. Raises
+    UserError where n_classes contradicts it.
+    """
+    path = os.path.join(root, 'classes.txt')
+    if not os.path.isfile(path):
+        return ([str(i) for i in range(n_classes)],
+                voc_palette()[:n_classes].tolist())
+    names, colours = read_class_file(path)
+    if len(names) != n_classes:
+        raise UserError(f'N_CLASSES={n_classes}, but {path} names '
+                        f'{len(names)} classes; set N_CLASSES={len(names)}')
+    return names, colours
+
+
+def read_class_file(path):
+    """Return names and colours of a file of lines "name r g b", [str],
+    [[r, g, b]]; a name may hold spaces. Raises UserError."""
+    if not os.path.isfile(path):
+        raise UserError(f'{path} is not there')
+    with open(path) as file:
+        rows = [line.split() for line in file if line.strip()]
+    for row in rows:
+        if len(row) < 4 or not all(x.isdecimal() and int(x) < 256
+                                   for x in row[-3:]):
+            raise UserError(f'{path}: the line {" ".join(row)!r} is not '
+                            f'"name r g b" with colours of 0 to 255')
+    return ([' '.join(row[:-3]) for row in rows],
+            [[int(x) for x in row[-3:]] for row in rows])
+
+
+def voc_palette():
+    """Return VOC's colours of the classes, (256, 3) uint8.
+
+    Bit j of a colour's channel i is bit 3 * (7 - j) + i of the class."""
+    classes = np.arange(256)
+    palette = np.zeros((256, 3), np.int64)
+    for channel in range(3):
+        for bit in range(8):
+            is_on = classes >> 3 * bit + channel & 1
+            palette[:, channel] |= is_on << 7 - bit
+    return palette.astype(np.uint8)
+
+
+def full_palette(colours):
+    """Return (256, 3) uint8: the classes' colours, then VOC's; void, 255, is
+    VOC's cream."""
+    palette = voc_palette()
+    palette[:len(colours)] = colours
+    return palette

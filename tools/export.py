@@ -1,0 +1,149 @@
+"""Exports a network to ONNX, or its weights to safetensors.
+
+    python -m tools.export FILE.onnx [IMAGE...] [CHECKPOINT] [KEY=VALUE ...]
+    python -m tools.export FILE.safetensors [CHECKPOINT] [KEY=VALUE ...]
+
+CHECKPOINT is models/final.pth if not named. The ONNX file is checked against
+PyTorch on the images, at the first of EVAL_SCALES, or on two generated ones.
+Class names, colours, mean, std, the network's settings, step and commit travel
+in the file's metadata, as JSON. Shapes: b images, n classes, H x W pixels.
+"""
+import argparse
+import sys
+
+import cv2
+import numpy as np
+import torch
+
+import dataset
+import eval
+import heads
+import settings
+import utils
+from lib.checkpoint import OnnxNetwork, encode_metadata, find_checkpoint
+from lib.images import read_any_image, writing
+from predict import split_files
+from utils import RunError, UserError, log
+
+FORMATS = ('.onnx', '.safetensors')
+MIN_AGREEMENT = 0.999        # share of pixels that an ONNX file has to get
+#                              the class that PyTorch gives them
+
+
+class PaddedNetwork(torch.nn.Module):
+    """A network that pads its image (b, 3, H, W) by itself, and so takes any
+    size."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, image):
+        return eval.predict_logits(self.net, image)
+
+
+def write_safetensors(net, metadata, path):
+    """Write a network's weights with texts {name: JSON}."""
+    data = utils.import_optional('safetensors.torch').save(
+        {key: value.contiguous() for key, value in net.state_dict().items()},
+        metadata)
+    with (writing(path), utils.atomic_write(path) as part,
+          open(part, 'wb') as file):
+        file.write(data)
+    log(f'{path}: the weights, and {", ".join(metadata)}')
+
+
+@torch.no_grad()
+def write_onnx(net, metadata, path, images):
+    """Write a network with texts {name: JSON}: image (b, 3, H, W) float32,
+    normalised, of any size, to logits (b, n, H, W).
+
+    Raises RunError, and writes nothing, unless onnxruntime finds in images
+    [(H, W, 3) uint8] what PyTorch does.
+    """
+    for module in ('onnx', 'onnxscript', 'onnxruntime'):
+        utils.import_optional(module)
+    log(f'{path}: the network is traced, which takes up to a minute')
+    program = torch.onnx.export(
+        PaddedNetwork(net).eval(), (torch.zeros(2, 3, 70, 90),), dynamo=True,
+        verbose=False, input_names=['image'], output_names=['logits'],
+        dynamic_shapes={'image': {0: 'batch', 2: 'height', 3: 'width'}})
+    program.model.metadata_props.update(metadata)
+    with writing(path), utils.atomic_write(path) as part:
+        program.save(part, external_data=False)
+        share, difference = compare(net, OnnxNetwork(part), images)
+        if share < MIN_AGREEMENT:
+            raise RunError(f'{path} is not written: onnxruntime agrees with '
+                           f'PyTorch on only {share:.2%} of the pixels')
+    log(f'{path}: onnxruntime gives {share:.3%} of the pixels of '
+        f'{len(images)} images the class that PyTorch gives them; logits '
+        f'differ by at most {difference:.1g}')
+
+
+def compare(net, other, images):
+    """Return (share of pixels with the same class, greatest difference of
+    logits) of two networks on images [(H, W, 3) uint8]."""
+    same = count = difference = 0
+    for image in images:
+        x = torch.from_numpy(image).permute(2, 0, 1)[None]  # (1, 3, H, W)
+        x = eval.resize(dataset.normalise(x, 'cpu'), eval.scaled_size(
+            image.shape[:2], settings.EVAL_SCALES[0]))
+        a, b = eval.predict_logits(net, x), other(x)        # (1, n, H, W)
+        same += int((a.argmax(1) == b.argmax(1)).sum())
+        count += a[0, 0].numel()
+        difference = max(difference, float((a - b).abs().max()))
+    return same / count, difference
+
+
+def generate_images():
+    """Return images to check an export with: soft blobs of two sizes."""
+    random = np.random.default_rng(0)
+    return [cv2.resize(random.integers(0, 256, (8, 8, 3), np.uint8), size,
+                       interpolation=cv2.INTER_CUBIC)
+            for size in ((150, 101), (64, 97))]
+
+
+def export(path, weights, files):
+    """Export a checkpoint to a path; files: images to check it with."""
+    images = [read_any_image(file) for file in files] or generate_images()
+    net, checkpoint = heads.load_network(weights, torch.device('cpu'))
+    metadata = encode_metadata(checkpoint)
+    if path.endswith('.onnx'):
+        write_onnx(net, metadata, path, images)
+    else:
+        write_safetensors(net, metadata, path)
+
+
+def check_arguments(path, weights, files):
+    """Raise UserError for what cannot be exported as it was asked."""
+    if not path.endswith(FORMATS):
+        raise UserError(f'{path}: name a file that ends in '
+                        f'{" or ".join(FORMATS)}')
+    if weights.endswith('.onnx'):
+        raise UserError(f'{weights} is exported already; name a .pth')
+    if path.endswith('.safetensors') and files:
+        raise UserError(f'{files[0]}: weights alone are exported, and '
+                        f'nothing is checked on images')
+    inference = settings.given().get('INFERENCE', 'plain')
+    if inference != 'plain':        # the default, 'folded', is for eval.py
+        raise UserError(f'INFERENCE={inference}: the network is exported as '
+                        f'it is; INFERENCE=plain')
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        prog='python -m tools.export', description=__doc__,
+        usage='%(prog)s FILE.onnx|FILE.safetensors [IMAGE...] [CHECKPOINT] '
+        '[KEY=VALUE ...]', formatter_class=argparse.
+        RawDescriptionHelpFormatter)
+    parser.add_argument('path', help=argparse.SUPPRESS)
+    parser.add_argument('files', nargs='*', help=argparse.SUPPRESS)
+    args = parser.parse_args(settings.override(sys.argv[1:]))
+    files, weights = split_files(args.files)
+    weights = find_checkpoint(weights)
+    check_arguments(args.path, weights, files)
+    export(args.path, weights, files)
+
+
+if __name__ == '__main__':
+    utils.run_main(main)
