@@ -78,9 +78,9 @@ EVAL_FLIP = False            # True: and over the left-right flip
 EVAL_WINDOW = 0              # side of the sliding window, pixels, for images
 #                              larger than it; 0: whole images, but for huge
 #                              ones (docs/evaluation.md)
-INFERENCE = 'plain'          # 'plain' (the network as it is), 'folded' (batch
-#                              norm in the convolutions), 'bf16' (folded, and
-#                              convolutions in bfloat16)
+INFERENCE = 'folded'         # 'folded' (batch norm in the convolutions),
+#                              'plain' (the network as it is), 'bf16'
+#                              (folded, and convolutions in bfloat16)
 EVAL_BATCH = 0               # images of one size at once; 0: 8 on a GPU, or 1
 EVAL_CLASSES = ()            # classes in the means, by number; (): all
 
