@@ -1,7 +1,7 @@
 #!/bin/sh
-# See EMANet learn, in a few minutes on two CPU cores: generate a toy set,
-# train a small network on it, score it, draw what it predicts.
-# Further KEY=VALUE words override the settings: sh demo.sh ITER_MAX=50
+# See EMANet learn, in a few minutes on two CPU cores: generate a toy data set,
+# train a small network on it, evaluate it, predict images.
+#     sh demo.sh [KEY=VALUE ...]          # such as ITER_MAX=50
 set -eu
 cd "$(dirname "$0")"
 . ./setup.sh
@@ -21,6 +21,6 @@ cat << 'TEXT'
 
 Look at the overlays in demo/predictions. Then:
   sh tensorboard.sh demo              the curves of this run
-  python prepare.py voc               PASCAL VOC and SBD, and with those
-  python train.py                     the recipe of settings.py
+  python prepare.py voc               download PASCAL VOC and SBD
+  python train.py                     train on them by the settings.py recipe
 TEXT

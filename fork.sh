@@ -1,24 +1,24 @@
 #!/bin/sh
-# Make a sibling experiment: sh fork.sh NAME copies the sources to ../NAME
-# and links data, downloaded weights and .venv; no logs, no checkpoints.
+# Make a sibling experiment: sh fork.sh NAME copies the project to ../NAME and
+# links data, downloaded weights and .venv; no logs, no checkpoints.
 set -eu
 cd "$(dirname "$0")"
 [ $# -eq 1 ] || { echo 'usage: sh fork.sh NAME' >&2; exit 2; }
 case $1 in
     */* | . | .. | -* | '')
-        echo "fork.sh: $1: a name for the folder beside this one" >&2
+        echo "fork.sh: $1: give a name for the folder beside this one" >&2
         exit 2 ;;
 esac
 [ ! -e "../$1" ] || {
-    echo "fork.sh: ../$1 is there already; choose another name" >&2
+    echo "fork.sh: ../$1 exists; choose another name" >&2
     exit 2
 }
 
 here=$(pwd)
 to=$here/../$1
 mkdir -p "$to/models"
-for file in ./*.py ./*.sh ./*.txt ./*.md LICENSE .gitignore .ci classes recipes \
-    tests lists docs; do
+for file in ./*.py ./*.sh ./*.txt ./*.md ./*.toml ./*.ini LICENSE .gitignore \
+    .ci .github classes converters docs lib lists recipes tests tools; do
     [ ! -e "$file" ] || cp -R -- "$file" "$to/"
 done
 find "$to" -name __pycache__ -prune -exec rm -rf {} +
@@ -33,4 +33,4 @@ for file in models/*; do
     esac
 done
 echo "../$1 is ready: edit its settings.py, then python train.py;" \
-    "diff settings.py ../$1/settings.py shows what it tries"
+    "diff settings.py ../$1/settings.py shows what it changes"

@@ -1,8 +1,15 @@
 #!/bin/sh
-# Set up, then run the tests, two at a time; words are pytest's:
-# sh test.sh -k network
+# Set up, lint, and run the quick tests, two at a time; with --long, the long
+# ones instead. Further words are pytest's: sh test.sh -k network
 set -eu
 cd "$(dirname "$0")"
+REQUIREMENTS=requirements-dev.txt
 . ./setup.sh
+which='not long'
+if [ "${1:-}" = --long ]; then
+    which=long
+    shift
+fi
+python -m ruff check .
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec python -m pytest tests -q -n 2 --dist worksteal "$@"
+exec python -m pytest tests -q -n 2 --dist worksteal -m "$which" "$@"
