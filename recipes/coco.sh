@@ -1,0 +1,12 @@
+#!/bin/sh
+# COCO in the 21 classes of VOC, the first of the three stages in voc_test.sh.
+# mIoU: none in the paper; ours: not run.
+#     python prepare.py coco
+#     sh recipes/coco.sh [KEY=VALUE ...]
+set -eu
+cd "$(dirname "$0")/.."
+. ./setup.sh
+
+set -- DATA_ROOT=data/coco TRAIN_SPLIT=train "$@"
+python train.py "$@"
+python eval.py "$@"
