@@ -60,7 +60,10 @@ def run_main(main):
         if rank():          # what all processes say, the first says for all
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(5)
-        print(f'{program}: {line}', file=sys.stderr)
+        print(f'{program}: {line}', file=sys.stderr, flush=True)
+        if dist.is_initialized():   # torch can abort at exit without a peer
+            end_workers()
+            os._exit(status)
         sys.exit(status)
     finally:
         end_workers()
