@@ -304,17 +304,17 @@ def attention_maps(net, image, device, bases=()):
     rows, columns = ((side - 1) // settings.STRIDE + 1 for side in x.shape[2:])
     last = z[-1, :, :rows, :columns].flatten(1)             # (k, n)
     bases, shares = list(bases) or select_diverse_bases(last), last.mean(1)
-    maps = [[visualize.fit_panel(map_on_pixels(z[t, i], x).cpu().numpy())
+    maps = [[visualize.fit_panel(map_on_pixels(z[t, i], x), image.shape[:2])
              for i in bases] for t in range(len(z))]
     return bases, shares[bases].tolist(), np.array(maps)
 
 
 def map_on_pixels(z, image):
-    """Return a map (h, w) of `attention` on the pixels (H, W) of its image
-    (1, 3, H, W)."""
+    """Return a map (h, w) of `attention` on the pixels of its image (1, 3, H,
+    W), as an array (H, W)."""
     height, width = image.shape[-2:]
     return network.upsample(z[None, None], pad_to_grid(image).shape[-2:])[
-        0, 0, :height, :width]
+        0, 0, :height, :width].cpu().numpy()
 
 
 def select_diverse_bases(z):

@@ -26,13 +26,14 @@ def enlarge(x, width=320):
     return np.repeat(np.repeat(x, times, 0), times, 1)
 
 
-def fit_panel(x):
-    """Resize an image or map (H, W, ...) to PANEL pixels along its longer
-    side."""
-    scale = PANEL / max(x.shape[:2])
-    size = [max(1, round(side * scale)) for side in x.shape[1::-1]]
-    return cv2.resize(x, size, interpolation=cv2.INTER_AREA if scale < 1
-                      else cv2.INTER_LINEAR)
+def fit_panel(x, size=None):
+    """Resize an image or map (H, W, ...) to the panel of an image of this
+    size, its own by default: PANEL pixels along the longer side."""
+    height, width = size or x.shape[:2]
+    scale = PANEL / max(height, width)
+    panel = [max(1, round(side * scale)) for side in (width, height)]
+    return cv2.resize(x, panel, interpolation=cv2.INTER_AREA if max(
+        x.shape[:2]) > PANEL else cv2.INTER_LINEAR)
 
 
 def blend_classes(image, pred, colours):

@@ -173,3 +173,15 @@ def test_charts_are_drawn_without_a_display(monkeypatch):
     monkeypatch.delenv('DISPLAY', raising=False)
     assert visualize.plot_confusion(np.eye(2), ['a', 'b']).any()
     assert visualize.plot_iou({'a': 0.5}, [RED], 0.5).any()
+
+
+def test_maps_of_a_scaled_image_fit_the_images_panel():
+    """Their sides are rounded twice, the panel's once: by the image."""
+    random = np.random.default_rng(0)
+    for height, width in random.integers(1, 700, (300, 2)).tolist():
+        panel = visualize.fit_panel(np.zeros((height, width, 3), np.uint8))
+        for scale in (0.3, 0.5, 0.75, 1.5):
+            scaled = [max(1, round(side * scale)) for side in (height, width)]
+            z = visualize.fit_panel(np.ones(scaled, np.float32),
+                                    (height, width))
+            assert visualize.heat_map(panel, z).shape == panel.shape
