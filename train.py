@@ -252,7 +252,7 @@ def open_data(device):
                         f'{train_set.split} too, such as {both[0]}: their '
                         f'score would say nothing. Set VAL_SPLIT= for no '
                         f'validation, or ALLOW_OVERLAP=True')
-    if val_set:
+    if val_set and not is_checked:
         largest = max(val_set.image_sizes(), key=math.prod)
         eval.check_memory((1, 3, *largest), device, s.EVAL_SCALES)
     return train_set, val_set
