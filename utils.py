@@ -2,6 +2,7 @@
 that a crash cannot spoil, seeds, confusion matrix and scores, the learning
 rate. n classes; H x W pixels.
 """
+import codecs
 import contextlib
 import importlib
 import json
@@ -151,6 +152,11 @@ def log(text):
     sys.stdout.flush()
 
 
+def plural(count, noun):
+    """Return '1 image', '2 images', '1,000 images'."""
+    return f'{count:,} {noun}' + 's' * (count != 1)
+
+
 def progress(iterable=None, **options):
     """Return a tqdm bar; in a file or a pipe it prints every 30 s only."""
     pause = 0.2 if sys.stderr.isatty() else 30
@@ -187,6 +193,25 @@ def atomic_write(path, flush=True):
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.remove(part)
+
+
+def read_text(path):
+    """Return what a text file holds, in UTF-8 or, with a mark, UTF-16; line
+    ends of any system become \\n.
+
+    Raises UserError for a file that is missing or in another encoding.
+    """
+    try:
+        with open(path, 'rb') as file:
+            data = file.read()
+        is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = data.decode('utf-16' if is_utf16 else 'utf-8-sig')
+    except OSError as error:
+        raise UserError(f'{path} cannot be read ({error.strerror})') from None
+    except UnicodeError:
+        raise UserError(f'{path} is neither UTF-8 nor UTF-16 text; save it '
+                        f'as UTF-8') from None
+    return text.replace('\r\n', '\n').replace('\r', '\n')
 
 
 def save_json(value, path):
