@@ -6,13 +6,17 @@
                       [--from DIR] [--to DIR]
     python prepare.py custom IMAGES MASKS [--to DIR] [--classes FILE] ...
 
-converters/layout.py shows the layout. Archives are downloaded into the folder
-`downloads` beside DIR, or taken from --from DIR, and read as they are, in
-several processes. A conversion that was cut off is resumed when it is run
-again; a finished one is left as it is.
+This writes DIR, data/NAME by default: JPEGImages/ID.jpg,
+SegmentationClassAug/ID.png (class numbers, 255 is void),
+ImageSets/Segmentation/SPLIT.txt, classes.txt. Archives are downloaded into the
+folder `downloads` beside DIR, or taken from --from DIR, and read as they are,
+in several processes. A conversion that was cut off is resumed when it is run
+again; a finished one is left as it is, but custom converts what has changed.
+docs/data.md says more.
 """
 import argparse
 import sys
+import textwrap
 
 import utils
 from converters import (
@@ -31,12 +35,16 @@ CONVERTERS = {'toy': toy, 'voc': voc, 'coco': coco, 'cityscapes': cityscapes,
 
 def make_parser():
     """Return the parser, a subcommand for each converter."""
-    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     names = parser.add_subparsers(metavar='NAME', required=True)
     commands = {}
     for name, converter in CONVERTERS.items():
-        about = converter.convert.__doc__.split('\n')[0]
-        command = names.add_parser(name, help=about, description=about)
+        about = textwrap.dedent('    ' + converter.convert.__doc__)
+        command = names.add_parser(
+            name, help=about.split('\n')[0], description=about,
+            formatter_class=argparse.RawDescriptionHelpFormatter)
         command.set_defaults(convert=converter.convert)
         command.add_argument('--to', metavar='DIR', default=f'data/{name}',
                              help='the folder to make (default: %(default)s)')
@@ -60,16 +68,22 @@ def make_parser():
 
 def add_custom_options(add):
     """Add the options of `custom` by its add_argument."""
-    add('images', metavar='IMAGES', help='a folder of images')
-    add('masks', metavar='MASKS', help="a folder of masks, or COCO's JSON")
+    add('images', metavar='IMAGES',
+        help='a folder of images; those in folders inside it, too')
+    add('masks', metavar='MASKS',
+        help="a folder of masks, perhaps the same; COCO's JSON; a folder of "
+             "labelme's JSON or of YOLO's polygons")
     add('--classes', metavar='FILE',
-        help='a line a class, "name r g b", in the order of their numbers')
+        help='a line a class, "name r g b", in the order of their numbers, '
+             "or CVAT's labelmap.txt")
     add('--by-colour', action='store_true',
         help='palette and grey masks, too, by the colours of --classes')
     add('--white', choices=('object', 'void'),
-        help='what 255 is in masks of 0 and 255 alone')
+        help='what the other value is in masks of 0 and one other value, '
+             'such as 255')
     add('--suffix', default='',
-        help='of masks: with _mask, a.jpg has a_mask.png')
+        help='of masks: with _xy, a.jpg has a_xy.png; common ones, such as '
+             '_mask, are tried')
     add('--val', metavar='SHARE', type=float, default=0.2,
         help='the share of val (default: %(default)s)')
     add('--seed', metavar='N', type=int, default=0,

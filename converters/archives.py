@@ -150,16 +150,46 @@ def _damaged(path, error):
 
 # ------------------------------------------------- contents
 def parse_json(data, path):
-    """Return what JSON bytes hold; UserError names the path."""
+    """Return what JSON bytes hold, in UTF-8 or UTF-16; UserError names the
+    path."""
     try:
         return json.loads(data)
-    except ValueError as error:
-        raise _damaged(path, error) from None
+    except (ValueError, RecursionError) as error:
+        where = getattr(error, 'lineno', 0)
+        raise utils.UserError(f'{path} is truncated or damaged: no JSON'
+                              + f' from line {where} on' * bool(where)
+                              ) from None
 
 
-def parse_mat(data):
-    """Return the {name: array} of a .mat file's bytes."""
-    return utils.import_optional('scipy.io').loadmat(io.BytesIO(data))
+def check_json(data, keys, path, kind):
+    """Raise UserError unless JSON is an object with a list at each key.
+
+    kind: what the file should be, in words.
+    """
+    if not isinstance(data, dict):
+        raise utils.UserError(f'{path} is not {kind}: it holds a '
+                              f'{type(data).__name__}, not an object with '
+                              f'{" and ".join(keys)}')
+    for key in keys:
+        if not isinstance(data.get(key), list):
+            raise utils.UserError(
+                f'{path} is not {kind}: {key!r} is '
+                f'{"no list" if key in data else "not there"} (it has '
+                f'{", ".join(map(repr, [*data][:8])) or "nothing"})')
+
+
+def parse_mat(data, field):
+    """Return a field, an array, of a .mat file's bytes. Raises UserError."""
+    read = utils.import_optional('scipy.io').loadmat
+    try:
+        fields = read(io.BytesIO(data))
+    except Exception:           # scipy's reader raises any, by the byte
+        raise utils.UserError('no .mat file that can be read') from None
+    if field not in fields:
+        shown = ', '.join(name for name in fields if name[0] != '_')
+        raise utils.UserError(f'the .mat file has no field {field}, but '
+                              f'{shown or "nothing"}')
+    return fields[field]
 
 
 def check_counts(source, lists):
@@ -169,9 +199,10 @@ def check_counts(source, lists):
         if len(lists[split]) != count:
             archives = ', '.join(os.path.basename(url) for url, *_
                                  in source['archives'])
-            raise utils.UserError(f'{split} has {len(lists[split])} images, '
-                                  f'not {count}: {archives} are not the '
-                                  f'official, complete archives')
+            n_images = utils.plural(len(lists[split]), 'image')
+            raise utils.UserError(f'{split} has {n_images}, not {count:,}: '
+                                  f'{archives} are not the official, complete '
+                                  f'archives')
 
 
 def check_lists(source, lists):
@@ -180,6 +211,7 @@ def check_lists(source, lists):
         text = ''.join(f'{ID}\n' for ID in sorted(lists[split]))
         found = hashlib.sha256(text.encode()).hexdigest()
         if len(lists[split]) != count or not found.startswith(digest):
-            raise utils.UserError(f'{split} has {len(lists[split])} IDs of '
-                                  f'sha256 {found}, not {count} of {digest}: '
-                                  f'the archives are not the official ones')
+            n_names = utils.plural(len(lists[split]), 'ID')
+            raise utils.UserError(f'{split} has {n_names} of sha256 {found}, '
+                                  f'not {count:,} of {digest}: the archives '
+                                  f'are not the official ones')

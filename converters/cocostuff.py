@@ -48,5 +48,8 @@ def convert(args):
 
 def write_label(path, archive, name, colours):
     """Write COCO-Stuff's mask, the field S of a .mat file."""
-    mask = archives.parse_mat(archives.read_member(archive, name))['S']
+    try:
+        mask = archives.parse_mat(archives.read_member(archive, name), 'S')
+    except utils.UserError as error:
+        raise utils.UserError(f'{archive}: {name}: {error}') from None
     images.save_label(layout.remap_ids(mask, IDS), path, colours)

@@ -54,13 +54,16 @@ def read_annotations(path):
     of Context, whose keys are not COCO's."""
     with open(path, 'rb') as file:
         data = archives.parse_json(file.read(), path)
+    archives.check_json(data, ('images', 'annos_segmentation'), path,
+                        'the JSON of Context')
     lists = {'train': [], 'val': []}
     try:
         for image in data['images']:
             image['id'] = image['image_id']
             lists[image['phase']].append(image['file_name'][:-4])
         for note in data['annos_segmentation']:
-            note['segmentation'] = note.get('segmentation') or note['RLE']
+            note['segmentation'] = (note.get('segmentation')
+                                    or note.get('RLE'))
         data['annotations'] = data['annos_segmentation']
     except (KeyError, TypeError) as error:
         raise utils.UserError(f'{path} is not the JSON of Context: {error} is '

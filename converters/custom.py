@@ -1,16 +1,22 @@
-"""One's own images and masks: a folder of masks, or JSON in COCO's format."""
+"""One's own images, with a folder of masks or with annotated outlines.
+
+What they were is recorded in prepared.json, so that a later run converts what
+is new or has changed. Images stay in the split that they were in.
+"""
+import contextlib
 import os
+import shlex
+import zlib
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 
 import utils
-from converters import archives, layout, polygons
-from lib import download, images
+from converters import annotations, layout, masks, polygons
+from lib import images
 
-IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
-MASKS = ('.png', '.bmp', '.tif', '.tiff', '.gif')   # no lossy compression
-ORIENTATION = 0x0112         # the EXIF tag of a rotated image
+GIB_PER_IMAGE = 1.2          # of ResNet-50 at a crop of 513, in float32
 
 
 def convert(args):
@@ -18,278 +24,181 @@ def convert(args):
 
     IMAGES: a folder of images. MASKS: a folder of masks, each named as its
     image is, of class numbers (palette or grey; 255 is void) or of colours
-    that --classes names; or JSON in COCO's format, whose categories become
-    classes 1, 2, ... over a background.
+    that --classes or CVAT's labelmap.txt names; or outlines: a JSON file in
+    COCO's format, a folder of labelme's JSON or of YOLO's polygons. Run
+    again, it converts what is new or has changed.
     """
-    is_json = args.masks.endswith('.json')
-    named = images.read_class_file(args.classes) if args.classes else None
-    check_options(args, is_json)
-    root, options = args.to, record_options(args, named)
-    if layout.is_ready(root, 'custom', options):
-        return
-    read = read_json_masks if is_json else read_mask_folder
-    classes, sources, labels = read(args, named)
+    is_outlines = annotations.is_annotations(args.masks)
+    check_options(args, is_outlines)
+    root, options = args.to, record_options(args)
+    stamp = layout.read_stamp(root, 'custom', options)
+    if is_outlines:
+        named = args.classes and images.read_class_file(args.classes)
+        classes, sources, labels = annotations.read(args, named)
+    else:
+        named = masks.read_classes(args)
+        classes, sources, labels = masks.read(args, named)
     if len(labels) < 2:
-        raise utils.UserError(f'{args.images} has {len(labels)} images with a '
-                              f'mask; a split into train and val needs 2')
-    layout.begin(root, 'custom', options, classes)
-    write = polygons.write_label if is_json else convert_mask
-    layout.run_jobs([
-        (write, layout.label_path(root, name), *label, classes[1])
-        for name, label in labels.items()] + [
-        (convert_image, layout.image_path(root, name), *sources[name])
-        for name in labels], 'convert')
-    layout.finish(root, 'custom', options,
-                  random_split(labels, args.val, args.seed))
-    utils.log(f'classes: {", ".join(classes[0])}. To train on them:\n'
-              f'python train.py DATA_ROOT={root} TRAIN_SPLIT=train '
-              f'N_CLASSES={len(classes[0])}')
+        raise utils.UserError(
+            f'{args.images} has {utils.plural(len(labels), "image")} with a '
+            f'mask; a split into train and val needs 2')
+    record = record_sources(args, (classes, named), sources, labels)
+    classes = update_classes(root, stamp, record, classes)
+    lists = read_lists(root)
+    if not layout.is_ready(root, 'custom', options, record):
+        remove_stale(root, stamp, record, 'label' if is_outlines else 'mask')
+        lists = split_images(labels, args.val, args.seed, lists)
+        layout.begin(root, 'custom', options, classes, record)
+        convert_files(root, sources, labels, classes[1], is_outlines)
+        layout.finish(root, 'custom', options, lists, record)
+    report_classes(lists, classes[0], {
+        name: {0, *(c for c, _ in label[1])} if is_outlines else
+        {*label[1].values()} for name, label in labels.items()})
+    print_commands(args, len(classes[0]), len(lists['train']), sources)
 
 
-def check_options(args, is_json):
+def check_options(args, is_outlines):
     """Raise UserError for options that cannot be, or not together."""
-    if not 0 < args.val < 1 or args.seed < 0:
-        raise utils.UserError(f'--val {args.val} --seed {args.seed}: a share '
-                              f'between 0 and 1, and a seed of 0 or more')
-    if is_json and (args.by_colour or args.white or args.suffix):
-        raise utils.UserError('--by-colour, --white and --suffix are for a '
-                              'folder of masks, not for JSON')
+    if not 0 < args.val < 1:
+        raise utils.UserError(f'--val {args.val}: the share of val is between '
+                              f'0 and 1, such as 0.2')
+    if args.seed < 0:
+        raise utils.UserError(f'--seed {args.seed}: a seed is 0 or more')
+    given = ([f'--white {args.white}'] * bool(args.white)
+             + [f'--suffix {args.suffix}'] * bool(args.suffix)
+             + ['--by-colour'] * args.by_colour)
+    if is_outlines and given:
+        raise utils.UserError(f'{" ".join(given)}: this is for a folder of '
+                              f'masks, and {args.masks} has outlines; leave '
+                              f'it out')
 
 
-def record_options(args, named):
+def record_options(args):
     """Return the options as prepared.json keeps them."""
-    options = {key: getattr(args, key) for key in (
-        'by_colour', 'white', 'suffix', 'val', 'seed')}
-    options.update({key: os.path.abspath(getattr(args, key))
-                    for key in ('images', 'masks')},
-                   classes=named and [*named])
-    if os.path.isfile(args.masks):
-        options['sha256'] = download.file_hash(args.masks)
-    return options
+    return {key: getattr(args, key) for key in (
+        'by_colour', 'white', 'suffix', 'val', 'seed')} | {
+        key: os.path.abspath(getattr(args, key)) for key in (
+            'images', 'masks')}
 
 
-def random_split(names, share, seed):
-    """Return {'train': IDs, 'val': IDs}, at least one each."""
-    order = np.random.default_rng(seed).permutation(sorted(names)).tolist()
-    n_val = min(max(1, round(share * len(order))), len(order) - 1)
-    return {'train': order[n_val:], 'val': order[:n_val]}
-
-
-# ------------------------------------------------- JSON in COCO's format
-def read_json_masks(args, named):
-    """Read JSON in COCO's format; named: the classes of --classes, which give
-    its classes colours.
-
-    Returns: classes, {ID: (image's path, size)}, {ID: (size, objects)}.
+# ------------------------------------------------- what has changed
+def record_sources(args, meaning, sources, labels):
+    """Return what prepared.json keeps of the sources, to tell later what has
+    changed: {'classes': hash of what values mean, 'images': {ID: "file bytes
+    time size"}, 'labels': {ID: "file bytes time", or the hash of outlines}}.
     """
-    utils.import_optional('pycocotools.mask')
-    if not os.path.isfile(args.masks):
-        raise utils.UserError(f'{args.masks} is not there')
-    with open(args.masks, 'rb') as file:
-        data = archives.parse_json(file.read(), args.masks)
-    categories = read_categories(data, args.masks)
-    classes = (['background', *categories.values()],
-               images.voc_palette()[:len(categories) + 1].tolist())
-    if named and named[0] != classes[0]:
-        raise utils.UserError(f'{args.classes} names {", ".join(named[0])}; '
-                              f'{args.masks} has {", ".join(classes[0])}')
-    found = polygons.read_objects(
-        data, {ID: i for i, ID in enumerate(categories, 1)}, args.masks)
-    sources, labels = {}, {}
-    for file, (size, objects) in found.items():
-        path = os.path.join(args.images, file)
-        name = os.path.splitext(os.path.basename(file))[0]
-        if not os.path.isfile(path):
-            raise utils.UserError(f'{path} is not there, but {args.masks} '
-                                  f'names it')
-        if name in labels:
-            raise utils.UserError(f'{args.masks} has two images of the name '
-                                  f'{name}; rename one')
-        sources[name], labels[name] = (path, size), (size, objects)
-    return named or classes, sources, labels
+    def describe_file(path, folder):
+        try:
+            info = os.stat(path)
+        except OSError as error:                # a link to nowhere
+            raise utils.UserError(f'{path} cannot be read ({error.strerror})'
+                                  f'; mend it or remove it') from None
+        return (f'{os.path.relpath(path, folder)} {info.st_size} '
+                f'{info.st_mtime_ns}')
+
+    def get_hash(value):
+        return f'{zlib.crc32(repr(value).encode()):08x}'
+    return {'classes': get_hash(meaning),
+            'images': {name: f'{describe_file(path, args.images)} {h}x{w}'
+                       for name, (path, (h, w)) in sources.items()},
+            'labels': {name: describe_file(label[0], args.masks)
+                       if isinstance(label[0], str) else get_hash(label)
+                       for name, label in labels.items()}}
 
 
-def read_categories(data, path):
-    """Return {category id: name}, sorted by id, of JSON in COCO's format."""
-    try:
-        names = {each['id']: each['name'] for each in data['categories']}
-        unknown = {note['category_id'] for note in data['annotations']
-                   } - set(names)
-    except (KeyError, TypeError) as error:
-        raise utils.UserError(f"{path} is not JSON in COCO's format: {error} "
-                              f'is not there') from None
-    if unknown or not names:
-        raise utils.UserError(f'{path} names the categories {sorted(names)}, '
-                              f'its objects are of {sorted(unknown)} too')
-    return {ID: names[ID] for ID in sorted(names)}
+def update_classes(root, stamp, record, classes):
+    """Return the classes of root's classes.txt, which may have been edited,
+    where those of the sources are as before; else log how they differ."""
+    path = os.path.join(root, 'classes.txt')
+    if not os.path.isfile(path):
+        return classes
+    was = stamp.get('sources', {}).get('classes')
+    if was == record['classes']:
+        return images.read_class_file(path)
+    before, now = images.read_class_file(path)[0], classes[0]
+    if before != now:
+        utils.log(f'the classes were {", ".join(before)}; they are now '
+                  f'{", ".join(now)} (N_CLASSES={len(now)}): train a new '
+                  f'network')
+    elif was:
+        utils.log('the colours of the classes changed')
+    return classes
 
 
-# ------------------------------------------------- a folder of masks
-def read_mask_folder(args, named):
-    """Find images and their masks, and scan the masks for their values;
-    named: the classes of --classes.
-
-    Returns: classes, {ID: (image's path, size)}, {ID: (mask's path, {value:
-    class}, whether values are colours)}. Raises UserError where what a value
-    means would be a guess.
-    """
-    pairs = pair_files(args)
-    scans = layout.map_in_processes(
-        scan_mask, [(mask, args.by_colour) for _, mask in pairs.values()],
-        'masks', len(pairs))
-    values, sources, coloured = set(), {}, []
-    for (name, (path, mask)), (found, size, is_coloured) in zip(
-            pairs.items(), scans, strict=True):
-        values |= found
-        sources[name] = path, size
-        coloured += [mask] * is_coloured
-    if coloured and len(coloured) < len(pairs):
-        raise utils.UserError(f'{coloured[0]} is coloured, others are not; '
-                              f'--by-colour reads the colours of all')
-    map_values = map_colours if coloured else map_numbers
-    classes, table = map_values(values, named, args)
-    return classes, sources, {name: (mask, table, bool(coloured))
-                              for name, (_, mask) in pairs.items()}
+def read_lists(root):
+    """Return {split: IDs} of the lists of train and val that there are."""
+    paths = {split: os.path.join(root, layout.LISTS, f'{split}.txt')
+             for split in ('train', 'val')}
+    return {split: utils.read_text(path).splitlines()
+            for split, path in paths.items() if os.path.isfile(path)}
 
 
-def pair_files(args):
-    """Return {ID: (image's path, mask's path)}."""
-    sources = list_files(args.images, IMAGES, 'images')
-    masks = list_files(args.masks, MASKS, 'masks')
-    for name, path in sources.items():
-        if name + args.suffix not in masks:
-            raise utils.UserError(
-                f'{path} has no mask: '
-                f'{os.path.join(args.masks, name + args.suffix)}.png is not '
-                f'there (--suffix: what masks have after the name)')
-    spare = len(masks) - len(sources)
-    if spare:
-        utils.log(f'{spare} masks have no image: left out')
-    return {name: (path, masks[name + args.suffix])
-            for name, path in sources.items()}
+def remove_stale(root, stamp, record, noun):
+    """Remove the images and labels whose source has changed or is gone, to be
+    converted anew, and log what they are; noun: what labels are made of."""
+    before = stamp.get('sources')
+    if not before:
+        names = {name for split in read_lists(root).values() for name in split}
+        if names:
+            utils.log(f'{root} has no record of its sources: all is '
+                      f'converted anew')
+        before = {key: dict.fromkeys(names) for key in ('images', 'labels')}
+    was, now = before['images'], record['images']
+    new, gone = now.keys() - was.keys(), was.keys() - now.keys()
+    changed = {key: {name for name in before[key].keys() & record[key].keys()
+                     if before[key][name] != record[key][name]}
+               for key in ('images', 'labels')}
+    if stamp.get('sources') and (new or gone or any(changed.values())):
+        utils.log(f'{root}: ' + ', '.join(
+            f'{utils.plural(len(names), kind)} {verb[len(names) > 1]}'
+            for names, kind, verb in (
+                (new, 'image', ('is new', 'are new')),
+                (changed['images'], 'image', ('changed', 'changed')),
+                (changed['labels'], noun, ('changed', 'changed')),
+                (gone, 'image', ('is gone', 'are gone')))
+            if names) + ': converting them')
+    if before.get('classes') != record['classes']:
+        changed['labels'] = before['labels'].keys()
+    for names, where in ((gone | changed['images'], layout.image_path),
+                         (gone | changed['labels'], layout.label_path)):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(where(root, name))
 
 
-def list_files(folder, endings, what):
-    """Return {name without ending: path} of a folder's files."""
-    if not os.path.isdir(folder):
-        raise utils.UserError(f'{folder}: no such folder of {what}')
-    found = {}
-    for file in sorted(os.listdir(folder)):
-        name, end = os.path.splitext(file)
-        if end.lower() not in endings or file.startswith('.'):
-            continue
-        if name in found:
-            raise utils.UserError(f'{found[name]} and {file} have one name; '
-                                  f'rename one')
-        found[name] = os.path.join(folder, file)
-    if not found:
-        raise utils.UserError(f'{folder} has no {what} ({" ".join(endings)})')
-    return found
+def split_images(names, share, seed, before):
+    """Return {'train': IDs, 'val': IDs}, at least one each, of which val has
+    that share; images of `before`, such lists, stay where they were, since
+    val shall not have what a network was trained on."""
+    train = [name for name in before.get('train', ()) if name in names]
+    val = [name for name in before.get('val', ())
+           if name in names and name not in {*train}]
+    new = sorted(names.keys() - {*train, *val})
+    order = np.random.default_rng(seed).permutation(new).tolist()
+    n_val = min(max(1, round(share * len(names))), len(names) - 1)
+    n_val = max(0, n_val - len(val))            # of the new ones
+    if (train or val) and new:
+        utils.log(f'images stay in their split; of '
+                  f'{utils.plural(len(new), "new image")} '
+                  f'{min(n_val, len(new))} in val')
+    train, val = train + order[n_val:], val + order[:n_val]
+    if not val:
+        val.append(train.pop())
+        utils.log(f'val has none of its images left: it gets {val[0]} of '
+                  f'train; train a new network')
+    if not train:
+        train.append(val.pop())
+    return {'train': train, 'val': val}
 
 
-def map_numbers(values, named, args):
-    """Return (classes, {value: class}) of masks that hold these numbers."""
-    table, shown = {value: value for value in values}, describe_values(values)
-    if args.white and values != {0, 255}:
-        raise utils.UserError(f'--white is for masks of 0 and 255 alone; '
-                              f'these hold {shown}')
-    if values <= {0, 255} and 255 in values and not args.white:
-        raise utils.UserError(f'the masks of {args.masks} hold 0 and 255 '
-                              f'alone: is 255 the object or void? Use --white '
-                              f'object or --white void')
-    if args.white == 'object':
-        table[255] = 1
-    used = set(table.values()) - {layout.VOID}
-    n = len(named[0]) if named else len(used)
-    if not used <= set(range(n)):
-        raise utils.UserError(
-            f'the masks of {args.masks} hold {shown}, which are not the '
-            f'classes 0 to {n - 1}: number them so, or name each in a file '
-            f'for --classes' + ('; with --by-colour by its colour'
-                                if max(used) > n else ''))
-    if n < 2:
-        raise utils.UserError(f'the masks of {args.masks} hold {shown}: one '
-                              f'class is nothing to learn')
-    return named or ([str(i) for i in range(n)],
-                     images.voc_palette()[:n].tolist()), table
-
-
-def map_colours(values, named, args):
-    """Return (classes, {packed colour: class}) of coloured masks; the class
-    of the name void, if there is one, is void."""
-    if not named:
-        shown = describe_values({describe_colour(x) for x in values})
-        raise utils.UserError(
-            f'the masks of {args.masks} are coloured ({shown}): name each '
-            f'class in a file, a line "name r g b" each, "void r g b" for '
-            f'void, and give it with --classes')
-    kept = [i for i, name in enumerate(named[0]) if name != 'void']
-    classes = [[column[i] for i in kept] for column in named]
-    table = {pack_rgb(np.uint8(colour)).item():
-             kept.index(i) if i in kept else layout.VOID
-             for i, colour in enumerate(named[1])}
-    if len(table) < len(named[1]):
-        raise utils.UserError(f'{args.classes} has a colour twice: a mask '
-                              f'could not tell these classes apart')
-    return classes, table
-
-
-def describe_values(values):
-    """Return the first eight values in words."""
-    shown = sorted(values)
-    return ', '.join(map(str, shown[:8])) + ', ...' * (len(shown) > 8)
-
-
-def describe_colour(value):
-    """Return a packed colour as "r g b"."""
-    return f'{value >> 16} {value >> 8 & 255} {value & 255}'
-
-
-def pack_rgb(colours):
-    """Return colours (..., 3) uint8 as a number each, int32."""
-    r, g, b = np.moveaxis(colours.astype(np.int32), -1, 0)
-    return r << 16 | g << 8 | b
-
-
-# ------------------------------------------------- in several processes
-def read_mask(path, by_colour=False):
-    """Return (values (H, W), whether they are packed colours) of a mask: of
-    a coloured one, or with by_colour of any, they are."""
-    try:
-        with Image.open(path) as image:
-            if image.mode == 'LA':
-                image = image.getchannel(0)
-            if image.mode in ('RGB', 'RGBA', 'CMYK') or by_colour:
-                return pack_rgb(np.array(image.convert('RGB'))), True
-            mask = np.array(image)
-            mask = mask.astype(np.uint8) if mask.dtype == bool else mask
-            if image.tile and image.tile[0][3] in ('L;2', 'L;4'):
-                mask //= 85 if image.tile[0][3] == 'L;2' else 17
-    except images.UNREADABLE as error:
-        raise utils.UserError(f'{path} cannot be read as a mask ({error})'
-                              ) from None
-    return mask, False
-
-
-def scan_mask(path, by_colour):
-    """Return (set of the values of a mask, its size (H, W), whether the
-    values are packed colours)."""
-    mask, is_coloured = read_mask(path, by_colour)
-    return set(np.unique(mask).tolist()), mask.shape, is_coloured
-
-
-def convert_mask(path, source, table, by_colour, colours):
-    """Write a mask as a label, by {value or packed colour: class}."""
-    mask, _ = read_mask(source, by_colour)
-    known = np.array(sorted(table))
-    place = np.searchsorted(known, mask).clip(max=len(known) - 1)
-    wrong = mask[known[place] != mask]
-    if wrong.size:
-        raise utils.UserError(
-            f'{source} has the colour {describe_colour(int(wrong[0]))} in '
-            f'{wrong.size} pixels, which --classes does not name')
-    label = np.array([table[value] for value in known.tolist()], np.uint8)
-    images.save_label(label[place], path, colours)
+# ------------------------------------------------- images and labels
+def convert_files(root, sources, labels, colours, is_outlines):
+    """Write what is not there yet of the images and labels."""
+    write = polygons.write_label if is_outlines else masks.convert_mask
+    layout.run_jobs([(write, layout.label_path(root, name), *label, colours)
+                     for name, label in labels.items()]
+                    + [(convert_image, layout.image_path(root, name), *source)
+                       for name, source in sources.items()], 'convert')
 
 
 def convert_image(path, source, size):
@@ -298,20 +207,80 @@ def convert_image(path, source, size):
     try:
         with Image.open(source) as image:
             image.load()
-            upright = image.getexif().get(ORIENTATION, 1) == 1
+            upright = image.getexif().get(images.ORIENTATION, 1) == 1
             turned = image if upright else ImageOps.exif_transpose(image)
             if size not in (image.size[::-1], turned.size[::-1]):
-                raise ValueError(f'{image.size[0]} x {image.size[1]} pixels, '
-                                 f'its mask {size[1]} x {size[0]}')
+                raise utils.UserError(
+                    f'{source} cannot be used ({image.size[0]} x '
+                    f'{image.size[1]} pixels, its mask {size[1]} x {size[0]})')
             if turned.size[::-1] != size:
                 turned = image
             if image.mode[0] == 'I' or image.mode == 'F':
-                raise ValueError('more than 8 bits a pixel; save it with 8')
+                raise utils.UserError(f'{source} has more than 8 bits a '
+                                      f'pixel; save it with 8')
             if turned is not image or image.format != 'JPEG' or (
                     image.mode not in ('RGB', 'L')):
                 layout.save_jpeg(turned, path)
                 return
-    except images.UNREADABLE as error:
-        raise utils.UserError(f'{source} cannot be used ({error})') from None
+    except images.UNREADABLE:
+        raise utils.UserError(f'{source} cannot be used: it is damaged, or '
+                              f'of no known format') from None
     with open(source, 'rb') as file:
         layout.write_bytes(path, file.read())
+
+
+# ------------------------------------------------- what to do next
+def report_classes(lists, names, present):
+    """Print in how many images of each split a class occurs, and warn of one
+    that a split lacks; present: {ID: classes}."""
+    counts = {split: [sum(i in present.get(ID, ()) for ID in IDs)
+                      for i in range(len(names))]
+              for split, IDs in lists.items()}
+    width = max(map(len, (*names, 'images with')))
+    utils.log('\n'.join(
+        f'{name:{width}}' + ''.join(f'{x:>8}' for x in row)
+        for name, *row in (('images with', *counts),
+                           *zip(names, *counts.values()))))
+    for split, row in counts.items():
+        lacking = [name for name, n in zip(names, row) if not n]
+        if lacking:
+            verb = 'learned' if split == 'train' else 'scored'
+            utils.log(f'warning: not in {split}, so not {verb}: '
+                      f'{", ".join(lacking)}')
+
+
+def print_commands(args, n_classes, n_train, sources):
+    """Print the commands to train, to score and to predict."""
+    sides = [max(size) for _, size in sources.values()]
+    apart = (not os.path.samefile(args.images, args.masks) and all(
+        os.path.dirname(path) == args.images.rstrip('/')
+        for path, _ in sources.values()))
+    folder = args.images if apart else os.path.join(args.to, 'JPEGImages')
+    utils.log(
+        f'To train on this machine, score, and predict:\n'
+        f'python train.py DATA_ROOT={shlex.quote(args.to)} TRAIN_SPLIT=train '
+        f'N_CLASSES={n_classes} \\\n'
+        f'    {suggest_settings(n_train, int(np.median(sides)))}\n'
+        f'python eval.py\n'
+        f'python predict.py {shlex.quote(folder)} --to predictions')
+
+
+def suggest_settings(n_train, side):
+    """Return KEY=VALUE words for so many images, the longer side of which has
+    so many pixels: a network and a batch that fit this machine.
+
+    On two cores the small network takes ten minutes for its 1,000 steps.
+    """
+    def crop_size(most, stride):
+        return min(most, -(-(side - 1) // stride) * stride + 1)
+    crop, free = crop_size(513, 8), 0
+    with contextlib.suppress(RuntimeError):         # a GPU that is in use
+        if torch.cuda.is_available():
+            free = torch.cuda.mem_get_info()[0] / 2 ** 30 - 2
+    batch = min(16, n_train, int(free / (GIB_PER_IMAGE * (crop / 513) ** 2)))
+    if batch > 1:
+        return (f'N_LAYERS=50 STEM=plain CROP_SIZE={crop} BATCH_SIZE={batch} '
+                f'BN_MOM=0.1 LR=0.01 ITER_MAX=4000'
+                + ' DEVICES=0' * (torch.cuda.device_count() > 1))
+    return (f'N_LAYERS=18 STEM=plain STRIDE=16 CROP_SIZE={crop_size(193, 16)} '
+            f'BATCH_SIZE={min(4, n_train)} BN_MOM=0.1 LR=0.01 ITER_MAX=1000')

@@ -19,6 +19,7 @@ import numpy as np
 
 import utils
 
+IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 LISTS = os.path.join('ImageSets', 'Segmentation')
 VOID = 255
 FORMER_NAMES = {'masks': 'custom'}      # in prepared.json of older sets
@@ -35,10 +36,25 @@ def label_path(root, name):
 
 
 # ------------------------------------------------- begin and finish
-def is_ready(root, name, options):
-    """Tell whether root already holds this data set, complete.
+def is_ready(root, name, options, sources=None):
+    """Tell whether root already holds this data set, complete, and made of
+    these sources, as finish() was given them.
 
     Raises UserError when it holds anything else.
+    """
+    stamp = read_stamp(root, name, options)
+    if 'counts' not in stamp or stamp.get('sources') != sources or missing(
+            root, stamp['counts']):
+        return False
+    utils.log(f'{root} is ready: {name}, {describe_counts(stamp["counts"])}; '
+              f'remove it to convert it again')
+    return True
+
+
+def read_stamp(root, name, options):
+    """Return what prepared.json holds, {} where there is no root yet.
+
+    Raises UserError when root holds anything else than this data set.
     """
     path = os.path.join(root, 'prepared.json')
     if not os.path.exists(path):
@@ -46,25 +62,30 @@ def is_ready(root, name, options):
                                     os.listdir(root)):
             raise utils.UserError(f'{root} holds files that prepare.py did '
                                   f'not make; name another folder with --to')
-        return False
-    with open(path) as file:
-        stamp = json.load(file)
-    held = FORMER_NAMES.get(stamp['name'], stamp['name'])
-    if (held, stamp['options']) != (name, options):
-        raise utils.UserError(f'{root} holds {held} {stamp["options"]}, not '
-                              f'{name} {options}; name another folder with '
-                              f'--to, or remove this one')
-    if 'counts' not in stamp or missing(root, stamp['counts']):
-        return False
-    utils.log(f'{root} is ready: {name}, {stamp["counts"]}; remove it to '
-              f'convert it again')
-    return True
+        return {}
+    try:
+        stamp = json.loads(utils.read_text(path))
+        held = FORMER_NAMES.get(stamp['name'], stamp['name'])
+        before = {key: stamp['options'].get(key) for key in options}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise utils.UserError(f'{path} cannot be read; name another folder '
+                              f'with --to, or remove this one') from None
+    if (held, before) != (name, options):
+        changes = ', '.join(f'{key}: {before[key]!r} -> {options[key]!r}'
+                            for key in options if before[key] != options[key])
+        raise utils.UserError(
+            f'{root} holds {held}, ' + (
+                f'made with other options ({changes})' if held == name else
+                f'not {name}') + '; name another folder with --to, or remove '
+            'this one')
+    return stamp
 
 
-def begin(root, name, options, classes):
+def begin(root, name, options, classes, sources=None):
     """Make the folders of the layout, the class file and prepared.json.
 
-    classes: names and colours, [str], [[r, g, b]].
+    classes: names and colours, [str], [[r, g, b]]; sources: a record of what
+    the set is made of, for is_ready().
     """
     try:
         for folder in ('JPEGImages', 'SegmentationClassAug', LISTS):
@@ -74,12 +95,12 @@ def begin(root, name, options, classes):
                              f'folder with --to') from None
     write_lines(os.path.join(root, 'classes.txt'), [
         f'{c} {r} {g} {b}' for c, (r, g, b) in zip(*classes, strict=True)])
-    utils.save_json({'name': name, 'options': options},
-                    os.path.join(root, 'prepared.json'))
+    _write_stamp(root, name=name, options=options, sources=sources)
 
 
-def finish(root, name, options, lists):
-    """Write the lists {split: IDs}, and their counts into prepared.json.
+def finish(root, name, options, lists, sources=None):
+    """Write the lists {split: IDs}, and their counts into prepared.json;
+    sources: as begin() has it.
 
     Raises RunError when an image or a label of theirs is missing.
     """
@@ -88,12 +109,24 @@ def finish(root, name, options, lists):
     counts = {split: len(names) for split, names in lists.items()}
     lost = missing(root, counts)
     if lost:
-        raise utils.RunError(f'{len(lost)} files of the lists were not made, '
-                             f'such as {lost[0]}')
+        n_lost = utils.plural(len(lost), 'file')
+        raise utils.RunError(f'{n_lost} of the lists could not be made, such '
+                             f'as {lost[0]}')
     os.sync()               # files were not made to wait for the disk
-    utils.save_json({'name': name, 'options': options, 'counts': counts},
+    _write_stamp(root, name=name, options=options, sources=sources,
+                 counts=counts)
+    utils.log(f'{root} is ready: {name}, {describe_counts(counts)}')
+
+
+def describe_counts(counts):
+    """Return "train 1,464, val 1,449" of {split: number of images}."""
+    return ', '.join(f'{split} {n:,}' for split, n in counts.items())
+
+
+def _write_stamp(root, **stamp):
+    utils.save_json({key: value for key, value in stamp.items()
+                     if value is not None},
                     os.path.join(root, 'prepared.json'))
-    utils.log(f'{root} is ready: {name}, {counts}')
 
 
 def missing(root, splits):
@@ -102,8 +135,7 @@ def missing(root, splits):
     lists = [os.path.join(root, LISTS, split + '.txt') for split in splits]
     lost, names = [path for path in lists if not os.path.exists(path)], set()
     for path in filter(os.path.exists, lists):
-        with open(path) as file:
-            names.update(file.read().splitlines())
+        names.update(utils.read_text(path).splitlines())
     return sorted(lost + [where(root, name) for name in names
                           for where in (image_path, label_path)
                           if not file_bytes(where(root, name))])
@@ -115,6 +147,21 @@ def file_bytes(path):
     if os.path.isdir(path):
         return sum(entry.stat().st_size for entry in os.scandir(path))
     return os.path.getsize(path) if os.path.exists(path) else 0
+
+
+def list_files(folder, endings):
+    """Return the paths within a folder, at any depth, of files with one of
+    these endings, sorted; hidden ones, and prepared sets, are left out."""
+    found = []
+    for place, folders, files in os.walk(folder):
+        if place != folder and 'prepared.json' in files:
+            folders.clear()
+            continue
+        folders[:] = [each for each in folders if each[0] != '.']
+        found += [os.path.relpath(os.path.join(place, file), folder)
+                  for file in files if file[0] != '.'
+                  and os.path.splitext(file)[1].lower() in endings]
+    return sorted(path.replace(os.sep, '/') for path in found)
 
 
 def write_bytes(path, data):
@@ -156,20 +203,25 @@ def map_in_processes(work, jobs, desc, total=None, is_done=None):
     """
     batch_size = min(16, (total or 0) // 100 + 1)
     pending, batch = collections.deque(), []
-    with concurrent.futures.ProcessPoolExecutor(
-            min(8, os.cpu_count() or 1), initializer=signal.signal,
-            initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
-        for job in utils.progress(jobs, desc=desc, total=total):
-            if not (is_done and is_done(job)):
-                batch.append(job)
-            if len(batch) == batch_size:
-                pending.append(pool.submit(_run_batch, work, batch))
-                batch = []
-            if len(pending) * batch_size > 64:      # what is read ahead
-                yield from pending.popleft().result()
-        pending.append(pool.submit(_run_batch, work, batch))
-        for future in pending:
-            yield from future.result()
+    try:
+        with concurrent.futures.ProcessPoolExecutor(
+                min(8, os.cpu_count() or 1), initializer=signal.signal,
+                initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
+            for job in utils.progress(jobs, desc=desc, total=total):
+                if not (is_done and is_done(job)):
+                    batch.append(job)
+                if len(batch) == batch_size:
+                    pending.append(pool.submit(_run_batch, work, batch))
+                    batch = []
+                if len(pending) * batch_size > 64:      # what is read ahead
+                    yield from pending.popleft().result()
+            pending.append(pool.submit(_run_batch, work, batch))
+            for future in pending:
+                yield from future.result()
+    except concurrent.futures.BrokenExecutor:
+        raise utils.RunError(f'{desc}: a process was killed. Was memory '
+                             f'short? Run the command again, and it is '
+                             f'resumed') from None
 
 
 def _run_batch(work, jobs):

@@ -1,33 +1,116 @@
 """Labels from COCO's polygons and run lengths (RLE)."""
+import collections
+
 import numpy as np
 
 import utils
+from converters import archives
 from converters.layout import VOID
 from lib import images
 
+FORMAT = "JSON in COCO's format"
+MAX_SIDE = 2 ** 16              # of a JPEG
+
+
+def read_categories(data, path):
+    """Return {category id: name}, sorted by id, of JSON in COCO's format."""
+    archives.check_json(data, ('categories', 'images', 'annotations'), path,
+                        FORMAT)
+    try:
+        names = {each['id']: ' '.join(each['name'].split())
+                 for each in data['categories']}
+        unknown = {note['category_id'] for note in data['annotations']
+                   } - names.keys()
+        names = {ID: names[ID] for ID in sorted(names)}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _malformed(path, error) from None
+    if unknown or not names:
+        raise utils.UserError(f'{path} names the categories {[*names]}, its '
+                              f'annotations are of {sorted(unknown)} too')
+    if len(names) < len(data['categories']):
+        raise utils.UserError(f'{path} has two categories of one id; number '
+                              f'them anew')
+    return names
+
 
 def read_objects(data, classes, path):
-    """Group the objects of JSON in COCO's format by image.
+    """Group the objects of JSON in COCO's format by image, and log how many
+    are crowds or have no outline.
 
     Args:
         data: what the JSON holds.
         classes: {category id: class}; objects of others are left out.
         path: its path, for the error.
     Returns: {image's file: (size (H, W), objects)}, an object being (class,
-    segmentation); a crowd's class is void.
+    segmentation); a crowd is void, and comes last. Raises UserError where no
+    annotation has an outline.
     """
+    archives.check_json(data, ('images', 'annotations'), path, FORMAT)
+    found, crowds, n_boxes = {}, collections.defaultdict(list), 0
     try:
-        found = {image['id']: (image['file_name'], (
-            image['height'], image['width']), []) for image in data['images']}
-        for note in data['annotations']:
-            if note['category_id'] in classes:
-                c = VOID if note.get('iscrowd') else \
-                    classes[note['category_id']]
-                found[note['image_id']][2].append((c, note['segmentation']))
+        for image in data['images']:
+            size = image['height'], image['width']
+            found[image['id']] = check_image(image, size, path), size, []
+        notes = [note for note in data['annotations']
+                 if note['category_id'] in classes]
+        for note in notes:
+            where, image = note.get('segmentation'), note['image_id']
+            if image not in found:
+                raise utils.UserError(f'{path} has annotations of the image '
+                                      f'{image}, which is not in its images')
+            if not has_outline(where):
+                n_boxes += 1
+            elif note.get('iscrowd'):
+                crowds[image].append((VOID, where))
+            else:
+                found[image][2].append((classes[note['category_id']], where))
     except (KeyError, TypeError) as error:
-        raise utils.UserError(f"{path} is not JSON in COCO's format: {error} "
-                              f'is not there') from None
-    return {file: (size, objects) for file, size, objects in found.values()}
+        raise _malformed(path, error) from None
+    count_notes(len(notes), n_boxes, sum(map(len, crowds.values())), path)
+    files = {file: (size, objects + crowds[ID])
+             for ID, (file, size, objects) in found.items()}
+    if len(files) < len(data['images']):
+        raise utils.UserError(f'{path} has an image twice, by its id or its '
+                              f'file_name; leave one')
+    return files
+
+
+def _malformed(path, error):
+    what = f'{error} is not there' if isinstance(error, KeyError) else (
+        'an entry of another kind')
+    return utils.UserError(f'{path} is not {FORMAT}: {what}')
+
+
+def check_image(image, size, path):
+    """Return the file_name of an image of COCO's; raise UserError where it or
+    the size is none."""
+    if not isinstance(image['file_name'], str) or not all(
+            isinstance(n, int) and 0 < n < MAX_SIDE for n in size):
+        raise utils.UserError(f'{path} has the image {image["file_name"]!r} '
+                              f'of width {size[1]!r} and height {size[0]!r}')
+    return image['file_name']
+
+
+def has_outline(segmentation):
+    """Tell whether there is an RLE, or a polygon of three corners or more."""
+    return bool(segmentation) and (isinstance(segmentation, dict) or any(
+        len(corners) > 5 for corners in segmentation))
+
+
+def count_notes(n_all, n_boxes, n_crowds, path):
+    """Log how many annotations have no outline or are crowds; raise UserError
+    where none has an outline."""
+    if n_boxes and n_boxes == n_all:
+        raise utils.UserError(
+            f'{n_boxes} of {n_all} annotations in {path} have a box and no '
+            f'outline (segmentation), so every label would be background '
+            f'alone; export polygons or masks (RLE)')
+    if n_boxes:
+        utils.log(f'{n_boxes} of {n_all} annotations in {path} have no '
+                  f'outline (segmentation): left out, so background')
+    if n_crowds:
+        utils.log(f'{utils.plural(n_crowds, "crowd")} (iscrowd) in {path}: '
+                  f'void')
 
 
 def decode_segmentation(segmentation, size):
@@ -37,31 +120,51 @@ def decode_segmentation(segmentation, size):
     UserError for one that does not fit.
     """
     mask = utils.import_optional('pycocotools.mask')
-    if not isinstance(segmentation, dict):
-        polygons = [corners for corners in segmentation if len(corners) > 5]
-        if any(len(corners) % 2 for corners in polygons):
-            raise utils.UserError('a polygon has an x without a y')
-        if not polygons:                        # fewer than three corners
-            return np.zeros(size, bool)
-        rle = mask.merge(mask.frPyObjects(polygons, *size))
-    elif list(segmentation['size']) != list(size):
-        raise utils.UserError(f'an RLE is of size {segmentation["size"]}, its '
-                              f'image of {list(size)}')
-    elif isinstance(segmentation['counts'], list):
-        rle = mask.frPyObjects(segmentation, *size)
-    else:
-        rle = segmentation
-    return mask.decode(rle).astype(bool)
+    try:
+        if isinstance(segmentation, dict):
+            if list(segmentation['size']) != list(size):
+                raise utils.UserError(f'an RLE is of size '
+                                      f'{segmentation["size"]}, its image of '
+                                      f'{list(size)}')
+            rle = segmentation
+            if isinstance(rle['counts'], list):
+                if sum(rle['counts']) != size[0] * size[1]:
+                    raise ValueError
+                rle = mask.frPyObjects(rle, *size)
+        else:
+            polygons = [check_polygon(corners, size)
+                        for corners in segmentation if len(corners) > 5]
+            if not polygons:                    # fewer than three corners
+                return np.zeros(size, bool)
+            rle = mask.merge(mask.frPyObjects(polygons, *size))
+        where = mask.decode(rle).astype(bool)
+        if np.count_nonzero(where) != mask.area(rle):   # counts too short:
+            raise ValueError                # the rest is not initialised
+        return where
+    except (KeyError, TypeError, ValueError, OverflowError):
+        raise utils.UserError('a segmentation is neither polygons nor an RLE'
+                              ) from None
+
+
+def check_polygon(corners, size):
+    """Return a polygon's corners, x, y, x, y, ...; raise UserError where they
+    are none, or so far from the image that they are no pixels."""
+    if len(corners) % 2:
+        raise utils.UserError('a polygon has an x without a y')
+    if not np.abs(np.asarray(corners, float)).max() < 10 * max(size):
+        raise utils.UserError(f'a polygon has a corner far from its image of '
+                              f'{size[1]} x {size[0]} pixels')
+    return corners
 
 
 def rasterize_polygons(size, objects):
-    """Return the label (H, W) uint8 of the objects of read_objects().
-
-    Where objects overlap the first wins; void gives way to all.
-    """
-    label = np.zeros(size, np.uint8)
-    for c, segmentation in sorted(objects, key=lambda x: x[0] == VOID):
-        label[(label == 0) & decode_segmentation(segmentation, size)] = c
+    """Return the label (H, W) uint8 of the objects of read_objects(); where
+    they overlap the first wins."""
+    label, is_free = np.zeros(size, np.uint8), np.ones(size, bool)
+    for c, segmentation in objects:
+        mask = decode_segmentation(segmentation, size)
+        label[is_free & mask] = c
+        is_free &= ~mask
     return label
 
 

@@ -68,7 +68,11 @@ def sbd_jobs(archive, root, own, listed, colours):
 
 def write_label(path, data, colours):
     """Write SBD's mask, a .mat file's bytes, as a palette PNG."""
-    mask = archives.parse_mat(data)['GTcls']['Segmentation'][0, 0]
+    try:
+        mask = archives.parse_mat(data, 'GTcls')['Segmentation'][0, 0]
+    except (ValueError, IndexError):
+        raise utils.UserError('GTcls of the .mat file has no Segmentation'
+                              ) from None
     images.save_label(mask, path, colours)
 
 

@@ -8,18 +8,27 @@ import os
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from utils import ROOT, RunError, UserError, atomic_write
+from utils import ROOT, RunError, UserError, atomic_write, read_text
 
 UNREADABLE = (OSError, ValueError, SyntaxError, cv2.error,
               Image.DecompressionBombError)     # what decoders raise
 
+ORIENTATION = 0x0112            # the EXIF tag of a rotated image
+
 
 def _unreadable(path, kind, error):
-    reason = ' '.join(str(error).split()) or type(error).__name__
+    reason = _reason(error)
     return UserError(f'{path} cannot be read as {kind} ({reason}); replace it '
                      f'or take its id from the list')
+
+
+def _reason(error):
+    """Return in words why a decoder has failed."""
+    if isinstance(error, UnidentifiedImageError):   # Pillow's text is the path
+        return 'no known format'
+    return ' '.join(str(error).split()) or type(error).__name__
 
 
 # ------------------------------------------------- reading
@@ -75,6 +84,17 @@ def image_size(path):
         raise _unreadable(path, 'an image', error) from None
 
 
+def upright_size(path):
+    """Return (H, W) of an image as EXIF's orientation shows it. Raises
+    UserError."""
+    try:
+        with Image.open(path) as image:
+            is_turned = image.getexif().get(ORIENTATION, 1) > 4
+            return image.size if is_turned else image.size[::-1]
+    except UNREADABLE as error:
+        raise _unreadable(path, 'an image', error) from None
+
+
 def read_any_image(path):
     """Return any image that Pillow reads: turned upright, 16 bits made 8, on
     white where it is transparent. Raises UserError."""
@@ -91,8 +111,8 @@ def read_any_image(path):
                 image = Image.alpha_composite(white, image)
             return np.array(image.convert('RGB'))
     except UNREADABLE as error:
-        raise UserError(f'{path} cannot be read as an image ({error})'
-                        ) from None
+        raise UserError(f'{path} cannot be read as an image '
+                        f'({_reason(error)})') from None
 
 
 # ------------------------------------------------- writing
@@ -150,15 +170,22 @@ def read_class_file(path):
     [[r, g, b]]; a name may hold spaces. Raises UserError."""
     if not os.path.isfile(path):
         raise UserError(f'{path} is not there')
-    with open(path) as file:
-        rows = [line.split() for line in file if line.strip()]
+    rows = [line.split() for line in read_text(path).split('\n')
+            if line.strip()]
     for row in rows:
         if len(row) < 4 or not all(x.isdecimal() and int(x) < 256
                                    for x in row[-3:]):
             raise UserError(f'{path}: the line {" ".join(row)!r} is not '
                             f'"name r g b" with colours of 0 to 255')
-    return ([' '.join(row[:-3]) for row in rows],
-            [[int(x) for x in row[-3:]] for row in rows])
+    names = [' '.join(row[:-3]) for row in rows]
+    for i, name in enumerate(names):
+        if name in names[:i] and name != 'void':
+            raise UserError(f'{path} names the class {name} twice; rename '
+                            f'one')
+    if not names:
+        raise UserError(f'{path} names no class; a class is a line "name r g '
+                        f'b"')
+    return names, [[int(x) for x in row[-3:]] for row in rows]
 
 
 def voc_palette():

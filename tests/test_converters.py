@@ -9,6 +9,7 @@ every mask, pixel by pixel, with what they drew. Nothing is downloaded.
 import io
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -145,7 +146,7 @@ def test_a_damaged_member_is_refused(coco, tmp_path, refusal):
 def test_too_few_images_are_no_official_archive(coco, tmp_path, monkeypatch):
     expect('coco', tmp_path, monkeypatch, train=118_287, val=1)
     with pytest.raises(utils.UserError, match=(
-            'train has 5 images, not 118287: annotations_trainval2017.zip, '
+            'train has 5 images, not 118,287: annotations_trainval2017.zip, '
             'tr')):
         prepare.main(coco[0])
     assert not (tmp_path / 'made').exists()
@@ -153,13 +154,33 @@ def test_too_few_images_are_no_official_archive(coco, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('text, part', (
     ('{"images": 3', 'is truncated or damaged'),
-    ('{"images": [{"id": 3}]}', "'file_name' is not"),
+    ('{"images": [{"id": 3, "height": 4, "width": 6}], "annotations": []}',
+     "'file_name' is not"),
+    ('{"images": [], "info": 3}', "'annotations' is not there (it has 'imag"),
+    ('[{"images": []}]', 'it holds a list, not an object with images and'),
     (None, 'has no instances_train2017.json')))
 def test_wrong_json_is_refused(coco, tmp_path, refusal, text, part):
     write_zip(tmp_path / 'annotations_trainval2017.zip', {
         f'annotations/instances_{split}2017.json': text
         for split in ('train', 'val')} if text else {'README': ''})
     assert part in refusal(*coco[0])
+
+
+def test_annotations_without_outlines_are_refused(coco, tmp_path, refusal):
+    """Of VOC's classes; those of others do not count."""
+    write_zip(tmp_path / 'annotations_trainval2017.zip', {
+        f'annotations/instances_{split}2017.json': json.dumps({
+            'images': [{'id': i, 'file_name': f'{i:012}.jpg', 'height': 40,
+                        'width': 60} for i in (1, 2)],
+            'annotations': [{'image_id': 1, 'category_id': c,
+                             'bbox': [0, 0, 40, 30], **where}
+                            for c, where in (
+                                (5, {}), (1, {'segmentation': []}),
+                                (50, {'segmentation': polygon(0, 9, 0, 9)}))]})
+        for split in ('train', 'val')})
+    line = refusal(*coco[0])
+    assert '2 of 2 annotations in annotations/instances_train2017' in line
+    assert 'have a box and no outline' in line
 
 
 def test_a_wrong_segmentation_is_refused():
@@ -169,6 +190,17 @@ def test_a_wrong_segmentation_is_refused():
         polygons.decode_segmentation({'size': [5, 6], 'counts': [30]}, SIZE)
     with pytest.raises(utils.UserError, match='an x without a y'):
         polygons.decode_segmentation([[1, 2, 3, 4, 5, 6, 7]], SIZE)
+
+
+def test_an_rle_that_ends_too_early_is_refused(monkeypatch):
+    """pycocotools leaves the rest as the memory was."""
+    mask = pytest.importorskip('pycocotools.mask')
+    compressed = rle(boxes((1, 0, 9, 0, 9)) > 0, compressed=True)
+    for found, rest in ((compressed, np.ones), ({'size': SIZE, 'counts': [30]},
+                                                np.zeros)):
+        monkeypatch.setattr(mask, 'decode', lambda _, x=rest: x(SIZE, 'u1'))
+        with pytest.raises(utils.UserError, match='neither polygons nor an R'):
+            polygons.decode_segmentation(found, SIZE)
 
 
 def test_pycocotools_is_asked_for(coco, monkeypatch):
@@ -289,6 +321,18 @@ def test_cocostuff(tmp_path, monkeypatch, folder):
     prepare.main(expect('cocostuff', tmp_path, monkeypatch, train=2, test=1))
     check(tmp_path / 'made', masks, 'cocostuff')
     assert split_ids(tmp_path / 'made', 'train') == sorted(names[:2])
+
+
+@pytest.mark.parametrize('data, part', (
+    (b'x' * 200, '.mat: no .mat file that can be read'),
+    (None, '.mat: the .mat file has no field S, but T, captions')))
+def test_a_wrong_mat_is_refused(tmp_path, data, part):
+    data = data or encode_mat(T=np.zeros((2, 2)), captions='a')
+    write_zip(tmp_path / 'a.zip', {'1.mat': data})
+    with pytest.raises(utils.UserError, match=re.escape(part)) as error:
+        cocostuff.write_label(tmp_path / 'b.png', str(tmp_path / 'a.zip'),
+                              '1.mat', [])
+    assert f'{tmp_path}/a.zip: 1.mat: ' in str(error.value)
 
 
 def test_ids_of_cocostuff():

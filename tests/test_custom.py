@@ -5,10 +5,12 @@
 import io
 import json
 import os
+import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import dataset
@@ -24,6 +26,7 @@ from conversion import (
     rle,
     smooth_image,
     split_ids,
+    tree,
 )
 from converters import custom, layout
 from lib import images
@@ -111,8 +114,9 @@ def test_0_and_255_alone_are_asked_about(own, refusal):
     np.testing.assert_array_equal(load_label(root, 'p 1'), draw(1, (0, 1)))
     assert (root / 'classes.txt').read_text() == '0 0 0 0\n1 128 0 0\n'
     save_masks(own, (0, 1, 255))
-    assert '--white is for' in refusal('--white', 'object', '--to',
-                                       str(own / 'b'))
+    line = refusal('--white', 'object', '--to', str(own / 'b'))
+    assert '--white object is for masks of 0 and one other value' in line
+    assert 'hold 0, 1, 255' in line
 
 
 def test_a_set_made_under_the_old_name_is_recognised(own, capsys):
@@ -137,11 +141,10 @@ def test_masks_of_colours(own, refusal):
     classes = ['--classes', str(names)]
     names.write_text('void 1 1 1\nground 10 20 30\n')
     line = refusal(*classes)
-    assert 'the colour 200 0 0 in' in line and 'p 0.png' in line
+    assert 'the colours 200 0 0 in' in line and 'p 0.png' in line
+    assert not (own / 'made').exists()
     names.write_text('void 1 1 1\nground 10 20 30\nroof 200 0 0\n')
-    assert 'or remove this one' in refusal(*classes)
-    convert(own, *classes, '--to', str(own / 'new'))
-    root = own / 'new'
+    root = convert(own, *classes)
     for i in range(6):
         np.testing.assert_array_equal(load_label(root, f'p {i}'),
                                       np.array([0, 1, 255])[draw(i)])
@@ -157,6 +160,209 @@ def test_grey_masks_by_colour(own, refusal):
     names.write_text('a 0 0 0\nb 128 128 128\nc 254 254 254\n')
     root = convert(own, '--classes', str(names), '--by-colour')
     np.testing.assert_array_equal(load_label(root, 'p 3'), draw(3))
+
+
+# ------------------------------------------------- run again
+@pytest.fixture
+def again(own, capsys, monkeypatch):
+    """Convert again; return what was printed and what was written."""
+    def run(*words):
+        before = tree(own / 'made')
+        capsys.readouterr()
+        convert(own, *words)
+        return capsys.readouterr().out, {
+            path for path, state in tree(own / 'made').items()
+            if before.get(path) != state and path[-3:] in ('png', 'jpg')}
+    monkeypatch.setattr(layout, 'map_in_processes', in_one_process)
+    return run
+
+
+def in_one_process(work, jobs, desc, total=None, is_done=None):
+    """Stand in for layout.map_in_processes."""
+    return [work(*job) for job in jobs if not (is_done and is_done(job))]
+
+
+def splits(root):
+    return {split: split_ids(root, split) for split in ('train', 'val')}
+
+
+def test_what_is_new_changed_or_gone_is_converted(own, again):
+    save_masks(own)
+    before = splits(convert(own, '--val', '0.34'))
+    for i in range(6, 9):
+        (own / 'photos' / f'p {i}.jpg').write_bytes(smooth_image(i))
+        Image.fromarray(draw(i)).save(own / 'masks' / f'p {i}.png')
+    mask, old = own / 'masks' / 'p 1.png', own / 'masks' / 'p 2.png'
+    Image.fromarray(draw(11)).save(mask)
+    os.utime(mask, (10 ** 9, 10 ** 9))      # changed, but not newer
+    old.rename(own / 'p 2.png')
+    (own / 'photos' / 'p 2.jpg').unlink()
+    printed, written = again('--val', '0.34')
+    assert ('3 images are new, 1 mask changed, 1 image is gone: converting '
+            'them' in printed)
+    assert written == {'SegmentationClassAug/p 1.png'} | {
+        path % i for path in ('JPEGImages/p %d.jpg',
+                              'SegmentationClassAug/p %d.png')
+        for i in (6, 7, 8)}
+    np.testing.assert_array_equal(load_label(own / 'made', 'p 1'), draw(11))
+    assert not list((own / 'made').rglob('p 2.*'))
+    after = splits(own / 'made')
+    assert {len(IDs) for IDs in after.values()} == {5, 3}
+    for split, IDs in before.items():
+        assert {*IDs} - {'p 2'} <= {*after[split]}
+    assert 'images stay in their split; of 3 new images' in printed
+    printed, written = again('--val', '0.34')
+    assert 'is ready' in printed and not written
+
+
+def test_a_new_class_is_told_and_edited_names_are_kept(own, again):
+    save_masks(own, (0, 1))
+    names = convert(own) / 'classes.txt'
+    names.write_text('ground 1 2 3\nroof 200 0 0\n')
+    (own / 'photos' / 'p 0.jpg').write_bytes(smooth_image(9))
+    printed, written = again()
+    assert '1 image changed' in printed and written == {'JPEGImages/p 0.jpg'}
+    assert names.read_text() == 'ground 1 2 3\nroof 200 0 0\n'
+    Image.fromarray(draw(4)).save(own / 'masks' / 'p 4.png')
+    printed, _ = again()
+    assert ('the classes were ground, roof; they are now 0, 1, 2 '
+            '(N_CLASSES=3)' in printed)
+    np.testing.assert_array_equal(load_label(own / 'made', 'p 4'), draw(4))
+
+
+def test_colours_that_change_their_meaning(own, again):
+    for i in range(6):
+        Image.fromarray(np.uint8([[0, 0, 0], [9, 99, 0]])[draw(i, (0, 1))]
+                        ).save(own / 'masks' / f'p {i}.png')
+    names = own / 'names.txt'
+    names.write_text('a 0 0 0\nb 9 99 0\n')
+    convert(own, '--classes', str(names))
+    names.write_text('a 9 99 0\nb 0 0 0\n')
+    printed, written = again('--classes', str(names))
+    assert 'the colours of the classes changed' in printed
+    assert len(written) == 6
+    np.testing.assert_array_equal(load_label(own / 'made', 'p 3'),
+                                  1 - draw(3, (0, 1)))
+
+
+def test_a_set_without_a_record_is_converted_anew(own, again):
+    save_masks(own)
+    stamp = convert(own) / 'prepared.json'
+    before, data = splits(own / 'made'), json.loads(stamp.read_text())
+    assert data.pop('sources')['images']['p 3'].startswith('p 3.jpg ')
+    data['options'] |= {'classes': None}    # as older ones had it
+    stamp.write_text(json.dumps(data))
+    (own / 'made' / 'classes.txt').write_text('a 1 2 3\nb 3 2 1\nc 0 0 9\n')
+    printed, written = again()
+    assert 'the classes were a, b, c; they are now 0, 1, 2' in printed
+    assert 'has no record of its sources: all is converted anew' in printed
+    assert len(written) == 12 and splits(own / 'made') == before
+
+
+def test_outlines_that_changed_are_converted(own, again):
+    pytest.importorskip('pycocotools')
+    notes = [{'image_id': i, 'category_id': 7,
+              'segmentation': polygon(2, 10, 3, 9 + i)} for i in range(4)]
+    data = {'images': [{'id': i, 'file_name': f'p {i}.jpg', 'height': 40,
+                        'width': 60} for i in range(4)],
+            'categories': [{'id': 7, 'name': 'roof'}], 'annotations': notes}
+
+    def write(folder='made'):
+        (own / 'a.json').write_text(json.dumps(data))
+        convert(own, '--to', str(own / folder), masks='a.json')
+    write()
+    before = tree(own / 'made' / 'SegmentationClassAug')
+    notes[2]['segmentation'] = polygon(20, 30, 3, 9)
+    write()
+    after = tree(own / 'made' / 'SegmentationClassAug')
+    assert [path for path in after if after[path] != before[path]] == [
+        'p 2.png']
+    np.testing.assert_array_equal(load_label(own / 'made', 'p 2'),
+                                  boxes((1, 20, 30, 3, 9)))
+    data['categories'].insert(0, {'id': 3, 'name': 'wall'})
+    notes.append({**notes[0], 'image_id': 3, 'category_id': 3})
+    write()
+    np.testing.assert_array_equal(load_label(own / 'made', 'p 2'),
+                                  boxes((2, 20, 30, 3, 9)))
+
+
+def test_an_interrupted_update_is_resumed(own, again, monkeypatch):
+    save_masks(own)
+    convert(own)
+    for i in (1, 4):
+        Image.fromarray(draw(20 + i)).save(own / 'masks' / f'p {i}.png')
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(custom.masks, 'convert_mask', interrupt)
+        convert(own)
+    assert not Path(layout.label_path(own / 'made', 'p 1')).exists()
+    printed, written = again()
+    assert 'changed' not in printed and len(written) == 2
+    np.testing.assert_array_equal(load_label(own / 'made', 'p 4'), draw(24))
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize('before, names, want', (
+    ({}, 'abcde', (4, 1)),
+    ({'train': 'abcd', 'val': 'e'}, 'abcde', (4, 1)),
+    ({'train': 'abcd', 'val': 'e'}, 'abcdefghij', (8, 2)),
+    ({'train': 'ab', 'val': 'cde'}, 'abcdef', (3, 3)),
+    ({'train': 'abcd', 'val': 'e'}, 'abcd', (3, 1)),      # val is gone
+    ({'train': 'a', 'val': 'bc'}, 'bc', (1, 1))))
+def test_images_stay_in_their_split(before, names, want):
+    found = custom.split_images(dict.fromkeys(names), 0.2, 0, before)
+    assert (len(found['train']), len(found['val'])) == want
+    assert sorted(found['train'] + found['val']) == list(names)
+    if {*before.get('val', ())} & {*names} and want != (1, 1):
+        for split, IDs in before.items():
+            assert {*IDs} <= {*found[split]}
+
+
+# ------------------------------------------------- what to do next
+def test_the_commands_fit_the_data_and_the_machine(own, capsys, monkeypatch):
+    monkeypatch.setattr(layout, 'map_in_processes', in_one_process)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    save_masks(own, (0, 1))
+    Image.fromarray(draw(5)).save(own / 'masks' / 'p 5.png')
+    root = convert(own, '--to', str(own / 'my set'))
+    printed = capsys.readouterr().out
+    lines = [line for line in printed.replace('\\\n', '').splitlines()
+             if line.startswith('python ')]
+    train, score, predict = map(shlex.split, lines)
+    assert settings.override(train[2:]) == []
+    settings.validate(for_training=True)
+    assert settings.DATA_ROOT == f'{own}/my set' and root
+    assert settings.given() == {
+        'DATA_ROOT': f'{own}/my set', 'TRAIN_SPLIT': 'train', 'N_CLASSES': 3,
+        'N_LAYERS': 18, 'STEM': 'plain', 'BN_MOM': 0.1, 'LR': 0.01,
+        'STRIDE': 16, 'CROP_SIZE': 65, 'BATCH_SIZE': 4, 'ITER_MAX': 1000}
+    assert 'CROP_SIZE=193 BATCH_SIZE=1 ' in custom.suggest_settings(1, 4000)
+    assert score == ['python', 'eval.py']
+    assert predict == ['python', 'predict.py', f'{own}/photos', '--to',
+                       'predictions']
+    rows = [line.split() for line in printed.splitlines()]
+    held = int('p 5' in split_ids(own / 'my set', 'train'))
+    assert ['0', '5', '1'] in rows and ['2', f'{held}', f'{1 - held}'] in rows
+    assert ('warning: not in val, so not scored: 2' if held else
+            'warning: not in train, so not learned: 2') in printed
+
+
+def test_a_network_fits_the_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+
+    def words(free, n_train=40, side=900):
+        monkeypatch.setattr(torch.cuda, 'mem_get_info',
+                            lambda: (free * 2 ** 30, 0))
+        return custom.suggest_settings(n_train, side)
+    assert 'N_LAYERS=50' in words(80) and 'BATCH_SIZE=16 ' in words(80)
+    assert 'CROP_SIZE=513 BATCH_SIZE=7 ' in words(11)
+    assert 'BATCH_SIZE=3 ' in words(80, n_train=3)
+    assert 'CROP_SIZE=105 ' in words(80, side=100) and (
+        words(80).endswith(' DEVICES=0'))
+    assert 'N_LAYERS=18' in words(3)
 
 
 # ------------------------------------------------- JSON in COCO's format
@@ -199,25 +405,29 @@ def spoil(own, what):
     image, mask = own / 'photos' / 'p 5.jpg', own / 'masks' / 'p 5.png'
     if what == 'no mask':
         mask.unlink()
-        return 'p 5.jpg has no mask'
+        return '1 of 6 images in '
     if what == 'size':
         Image.fromarray(draw(5)[:30]).save(mask)
         return f'{image} cannot be used (60 x 40 pixels, its mask 60 x 30)'
     if what == 'truncated mask':
         os.truncate(mask, 60)
-        return f'{mask} cannot be read as a mask'
+        return f'{mask} cannot be read as a mask: it is damaged'
     if what == 'truncated image':
         os.truncate(image, 500)
-        return f'{image} cannot be used'
+        return f'{image} cannot be used: it is damaged'
+    if what == 'link':
+        image.unlink()
+        image.symlink_to('nowhere')
+        return f'{image} cannot be read (No such file'
     if what == 'two':
         (own / 'photos' / 'p 5.png').write_bytes(b'')
-        return 'p 5.jpg and p 5.png have one name'
-    Image.fromarray(np.uint8([[1, 2, 3]])).convert('RGB').save(mask)
-    return 'p 5.png is coloured, others are not'
+        return 'p 5.jpg and p 5.png have one name, p 5; rename'
+    Image.fromarray(np.uint8([[[9, 2, 3]]])).save(mask)
+    return 'p 5.png is coloured, '
 
 
 @pytest.mark.parametrize('what', ('no mask', 'size', 'truncated mask', 'two',
-                                  'truncated image', 'coloured'))
+                                  'truncated image', 'coloured', 'link'))
 def test_what_cannot_be_used_is_named(own, refusal, what):
     save_masks(own)
     assert spoil(own, what) in refusal()
@@ -228,12 +438,13 @@ def test_what_cannot_be_used_is_named(own, refusal, what):
 
 
 @pytest.mark.parametrize('words, masks, part', (
-    (('--val', '1.5'), 'masks', 'a share between'),
+    (('--val', '1.5'), 'masks', '--val 1.5: the share of val is between'),
+    (('--seed', '-1'), 'masks', '--seed -1: a seed is 0 or more'),
     ((), 'gone', 'no such folder'),
-    ((), 'photos', 'has no masks'),
-    (('--white', 'void'), 'own.json', 'are for a folder'),
-    ((), 'own.json', "'categories' is not there"),
-    (('--classes', 'gone.txt'), 'masks', 'gone.txt is not there')))
+    ((), 'photos', '6 of 6 images in '),
+    (('--white', 'void'), 'own.json', '--white void: this is for a folder'),
+    ((), 'own.json', "categories"),
+    (('--classes', 'gone.txt'), 'masks', 'gone.txt cannot be read')))
 def test_options_that_cannot_be_are_refused(own, refusal, words, masks, part):
     save_masks(own)
     (own / 'own.json').write_text('{}')
@@ -244,7 +455,7 @@ def test_rotated_and_other_images(own):
     """An image is rotated as its mask is, and becomes a JPEG."""
     save_masks(own)
     exif = Image.Exif()
-    exif[custom.ORIENTATION] = 6                # shown rotated to the right
+    exif[images.ORIENTATION] = 6                # shown rotated to the right
     photos = own / 'photos'
     (photos / 'p 0.jpg').write_bytes(smooth_image(0, exif=exif))
     Image.fromarray(draw(0).T.copy()).save(own / 'masks' / 'p 0.png')

@@ -207,6 +207,25 @@ def test_read_classes_refuses_another_number(tmp_path):
         read_classes(str(tmp_path), 21)
 
 
+@pytest.mark.parametrize('encoding', ['utf-8-sig', 'utf-16'])
+def test_read_classes_of_other_systems(tmp_path, encoding):
+    """With a byte-order mark, and CRLF."""
+    (tmp_path / 'classes.txt').write_bytes(
+        'a 0 0 0\r\nb\u00e9 1 1 1\r\n\r\n'.encode(encoding))
+    assert read_classes(str(tmp_path), 2) == (
+        ['a', 'b\u00e9'], [[0, 0, 0], [1, 1, 1]])
+
+
+@pytest.mark.parametrize('text, part', [
+    (b'a 0 0 0\nb\xe9 1 1 1\n', 'classes.txt is neither UTF-8 nor UTF-16'),
+    (b'a b 0 0 0\nc 1 1 1\na  b 2 2 2\n', 'names the class a b twice'),
+    (b'\n', 'names no class')])
+def test_read_classes_refuses_a_file(text, part, tmp_path):
+    (tmp_path / 'classes.txt').write_bytes(text)
+    with pytest.raises(UserError, match=part):
+        read_classes(str(tmp_path), 2)
+
+
 @pytest.mark.parametrize('line', ['b', 'b 1 2', '1 2 3', 'b 1 2 256',
                                   'b 1 2 -3', 'b 1 2 x', 'b 0.1 2 3'])
 def test_read_classes_names_a_bad_line(line, tmp_path):

@@ -9,7 +9,9 @@ import collections
 import hashlib
 import json
 import os
+import re
 import shutil
+import signal
 import sys
 import tarfile
 from pathlib import Path
@@ -19,7 +21,7 @@ import pytest
 
 import prepare
 import utils
-from conftest import REPO, refused
+from conftest import refused
 from conversion import (
     contents,
     encode_mat,
@@ -36,7 +38,7 @@ from converters import layout
 from converters import voc as converter
 from lib import download, images
 
-SHARED = Path(REPO).parent / 'shared' / 'data'
+SHARED = Path(utils.ROOT).parent / 'shared' / 'data'
 TAR, TGZ = 'VOCtrainval_11-May-2012.tar', 'benchmark.tgz'
 VOC, SBD = 'VOCdevkit/VOC2012', 'benchmark_RELEASE/dataset'
 # train: has both masks; plain: VOC's alone; val: has both; first and second:
@@ -200,8 +202,29 @@ def test_a_finished_set_is_left_as_it_is(written, tmp_path, capsys):
     convert(root, written)
     assert tree(root) == before
     assert capsys.readouterr().out.count('\n') == 1
-    with pytest.raises(utils.UserError, match='sbd_first.*another folder'):
+    with pytest.raises(utils.UserError, match=re.escape(
+            f'{root} holds voc, made with other options (sbd_first: False -> '
+            f'True); name another folder')):
         convert(root, written, '--sbd-first')
+    with pytest.raises(utils.UserError, match=re.escape(
+            f'{root} holds voc, not coco; name another folder')):
+        layout.is_ready(str(root), 'coco', {})
+    (root / 'prepared.json').write_text('{"name": ')
+    with pytest.raises(utils.UserError, match='prepared.json cannot be read'):
+        convert(root, written)
+
+
+def test_lists_of_other_systems_are_read(written, tmp_path, capsys):
+    """With a byte-order mark and CRLF, or in UTF-16."""
+    root = convert(tmp_path / 'voc', written)
+    for split, encoding in (('val', 'utf-8-sig'), ('train', 'utf-16')):
+        path = root / layout.LISTS / f'{split}.txt'
+        path.write_bytes(path.read_text().replace('\n', '\r\n').encode(
+            encoding))
+    capsys.readouterr()
+    convert(root, written)
+    assert (f'{root} is ready: voc, train 2, val 1, trainval 3, trainaug 4; '
+            in capsys.readouterr().out)
 
 
 @pytest.mark.parametrize('count', [0, 1, 2, 5])
@@ -330,7 +353,7 @@ def test_names_that_lead_out_of_the_folder(archives, tmp_path, monkeypatch):
     archives.lists['trainaug'] = sorted([*TRAINAUG, evil])
     archives.members[TGZ][f'{SBD}/train.txt'] += list_text([evil])
     archives.write(monkeypatch)
-    with pytest.raises(utils.RunError, match='not made'):
+    with pytest.raises(utils.RunError, match='could not be made'):
         convert(tmp_path / 'a' / 'b' / 'new', archives)
     assert {path for path in contents(tmp_path)
             if not path.startswith('a/b/')} == around
@@ -363,7 +386,8 @@ def test_lists_are_checked(written, tmp_path, monkeypatch):
     for split, (count, digest) in lists.items():
         for wrong in ((count + 1, digest), (count, 'ab' * 16)):
             expect(monkeypatch, lists={**lists, split: wrong})
-            expected = f'^{split} has {count} IDs.*{digest}.*' \
+            expected = f'^{split} has {utils.plural(count, "ID")} of.*' \
+                       f'{digest}.*' \
                        f'not {wrong[0]} of {wrong[1]}'
             with pytest.raises(utils.UserError, match=expected):
                 convert(tmp_path / 'voc', written)
@@ -380,7 +404,7 @@ def test_a_missing_file_is_named(archives, tmp_path, monkeypatch, name,
     archives.write(monkeypatch)
     stem = Path(member).stem
     for _ in 'first', 'again':                 # nor is it ready afterwards
-        with pytest.raises(utils.RunError, match=f'1 files.*{stem}'):
+        with pytest.raises(utils.RunError, match=f'1 file of.*{stem}'):
             convert(tmp_path / 'voc', archives)
 
 
@@ -391,6 +415,35 @@ def test_an_error_in_another_process_is_for_the_user(archives, tmp_path,
     with pytest.raises(utils.UserError,
                        match=f'{IDS["first"]}.png cannot be made: '):
         convert(tmp_path / 'voc', archives)
+
+
+@pytest.mark.parametrize('fields', ({'a': 1}, {'GTcls': np.zeros((2, 2))},
+                                    {'GTcls': {'Boundaries': 1}}))
+def test_a_mat_without_its_field_is_named(archives, tmp_path, monkeypatch,
+                                          fields):
+    archives.members[TGZ][f'{SBD}/cls/{IDS["first"]}.mat'] = encode_mat(
+        **fields)
+    archives.write(monkeypatch)
+    with pytest.raises(utils.UserError, match=(
+            f'{IDS["first"]}.png cannot be made: .*GTcls')):
+        convert(tmp_path / 'voc', archives)
+
+
+def kill_itself(path, file):
+    """Be a job that runs out of memory, the first time."""
+    if not os.path.exists(file):
+        Path(file).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    layout.write_bytes(path, b'made')
+
+
+def test_a_killed_process_is_told(tmp_path):
+    path, file = str(tmp_path / 'a'), str(tmp_path / 'was here')
+    with pytest.raises(utils.RunError, match='labels: a process was killed. '
+                                             'Was memory short?'):
+        layout.run_jobs([(kill_itself, path, file)], 'labels')
+    layout.run_jobs([(kill_itself, path, file)], 'labels')
+    assert Path(path).read_bytes() == b'made'
 
 
 def test_scipy_is_asked_for(written, tmp_path, monkeypatch):
@@ -417,7 +470,7 @@ def test_official_lists(archives, tmp_path, monkeypatch):
               f'{SBD}/val.txt': list_text(sbd[1::2])}}
     archives.write(monkeypatch)
     expect(monkeypatch, lists=lists)
-    with pytest.raises(utils.RunError, match='were not made'):
+    with pytest.raises(utils.RunError, match='24,062 files of the lists co'):
         convert(tmp_path / 'voc', archives)
     path = tmp_path / 'voc' / 'ImageSets' / 'Segmentation' / 'trainaug.txt'
     assert len(path.read_text().split()) == 10582

@@ -3,8 +3,6 @@
     python -m pytest tests/test_toy.py
 """
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +11,7 @@ from PIL import Image
 
 import prepare
 import utils
-from conftest import REPO
+from conftest import REPO, refused, run
 from conversion import (
     contents,
     interrupt_after,
@@ -138,13 +136,10 @@ def test_numbers_out_of_range_are_refused(tmp_path, wrong):
     assert not (tmp_path / 'set').exists()
 
 
-def test_as_a_user_runs_it(tmp_path):
-    command = [sys.executable, os.path.join(REPO, 'prepare.py'), 'toy',
-               '--train=3']
-    subprocess.run(command, cwd=tmp_path, check=True)
+def test_as_a_user_runs_it(tmp_path, monkeypatch, capsys):
+    run('prepare.py', 'toy', '--train=3', cwd=tmp_path)
     assert len(split_ids(tmp_path / 'data' / 'toy', 'val')) == 40
-    done = subprocess.run([*command, '--seed=1'], cwd=tmp_path, check=False,
-                          capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, '')
-    assert done.stderr.startswith('prepare.py: ')
-    assert done.stderr.count('\n') == 1 and 'data/toy' in done.stderr
+    monkeypatch.chdir(tmp_path)
+    status, line = refused(prepare.main, 'toy', '--train=3', '--seed=1',
+                           monkeypatch=monkeypatch, capsys=capsys)
+    assert status == 2 and 'data/toy' in line
