@@ -1,13 +1,17 @@
 """Reads a data set in the VOC layout: samples, augmentation, loaders.
 
-    DATA_ROOT/JPEGImages/ID.jpg, SegmentationClassAug/ID.png (class indices),
+    python dataset.py [KEY=VALUE ...]
+
+Writes augmented training samples beside their labels, LOG_DIR/samples.png, and
+prints each class's share of the pixels. The layout of DATA_ROOT:
+
+    JPEGImages/ID.jpg, SegmentationClassAug/ID.png (class indices),
     ImageSets/Segmentation/SPLIT.txt, classes.txt (name r g b, a line each)
 
 Images and labels stay uint8 until they are on the device. A sample depends on
 SEED, the epoch and its index alone, so neither the number of workers nor a
 resume changes it. Of a scaled image only the window that the crop shows is
-computed, bit for bit as in the whole. `python dataset.py [KEY=VALUE ...]`
-draws augmented samples beside their labels.
+computed, bit for bit as in the whole.
 """
 import functools
 import os
@@ -24,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 import settings
 import utils
 from lib import images
+from lib.distributed import count_workers
 from lib.visualize import draw_augmented
 from utils import UserError
 
@@ -45,8 +50,8 @@ def read_ids(root, split):
     folder = os.path.join(root, LISTS)
     path = os.path.join(folder, f'{split}.txt')
     if os.path.isfile(path):
-        with open(path) as file:
-            ids = [line.strip() for line in file if line.strip()]
+        ids = [line.strip() for line in utils.read_text(path).splitlines()
+               if line.strip()]
     elif split == 'trainaug' and os.path.isdir(os.path.join(root, LABELS)):
         val = set(read_ids(root, 'val'))
         ids = sorted(name[:-4] for name in os.listdir(
@@ -60,6 +65,9 @@ def read_ids(root, split):
                         f'are: {", ".join(found) or "none"}')
     if not ids:
         raise UserError(f'{path} is empty: a split needs at least one id')
+    if len(set(ids)) < len(ids):
+        twice = next(name for name in ids if ids.count(name) > 1)
+        raise UserError(f'{path} has {twice} twice; remove one')
     return ids
 
 
@@ -224,8 +232,8 @@ class Segmentation(Dataset):
         pixels of each label value, (256,) int64.
 
         progress: a bar to iterate with. Raises UserError for the first fault,
-        and where no label holds a class beside the background, which 0 and
-        255 for object would look like.
+        and where the labels to train on hold one class alone, as masks of 0
+        and 255 do.
         """
         def count(i):
             label = self.label(i)
@@ -236,12 +244,17 @@ class Segmentation(Dataset):
         total = np.zeros(256, np.int64)
         for counts in progress(_in_threads(count, len(self))):
             total += counts
-        if not total[1:255].any() and total[255] and self.ignore == 255:
-            raise UserError(
-                f'the labels of {self.split} hold 0 and 255 alone, and 255 is '
-                f'void (IGNORE_LABEL): write the object as 1, or there is '
-                f'nothing to learn')
         self.counts = total
+        found = np.flatnonzero(self.class_pixels()).tolist()
+        is_white = total[255] and self.ignore == 255 and found in ([], [0])
+        if is_white or self.train and len(found) < 2:
+            raise UserError(
+                f'the labels of {self.split} hold '
+                f'{"class " + str(found[0]) if found else "void"} alone: '
+                f'there is nothing to learn. ' + (
+                    'The others are 255, void (IGNORE_LABEL): if 255 is the '
+                    'object, write it as 1' if is_white else
+                    'Look at how they were made'))
         return total
 
     def class_pixels(self):
@@ -326,10 +339,7 @@ class BatchSampler(Sampler):
 def train_loader(data, start=0, rank=0, world=1, progress=iter):
     """Return a loader of what process `rank` of `world` reads in the steps
     start + 1 to ITER_MAX, ACCUM batches a step; progress: of CACHE.
-    Raises UserError for fewer images than a batch."""
-    if len(data) < settings.BATCH_SIZE:
-        raise UserError(f'BATCH_SIZE={settings.BATCH_SIZE}, but {data.split} '
-                        f'has {len(data)} images; make the batch smaller')
+    """
     if settings.CACHE:
         data.cache_in_memory(progress)
     return _loader(data, BatchSampler(len(data), start, rank, world))
@@ -350,10 +360,11 @@ def val_loader(data, rank=0, world=1, batch=1):
 
 def _loader(data, batch_sampler):
     """Return a loader that leaves the global random state alone."""
-    shares_cache = (settings.CACHE and settings.NUM_WORKERS     # its pages,
-                    and sys.platform == 'linux')                # by a fork
+    workers = count_workers()
+    shares_cache = (settings.CACHE and workers          # its pages,
+                    and sys.platform == 'linux')        # by a fork
     return DataLoader(data, batch_sampler=batch_sampler,
-                      num_workers=settings.NUM_WORKERS,
+                      num_workers=workers,
                       pin_memory=torch.cuda.is_available(),
                       worker_init_fn=_start_worker, collate_fn=_collate,
                       multiprocessing_context='fork' if shares_cache else None,
@@ -402,7 +413,8 @@ def normalise(image, device):
 
 # ------------------------------------------------- a look at it
 def main():
-    settings.override_all(sys.argv[1:])
+    parser = utils.make_parser(__doc__, settings.describe())
+    settings.override_all(parser.parse_known_args()[1])
     settings.validate()
     data = Segmentation(settings.TRAIN_SPLIT, train=True)
     names, colours = images.read_classes(data.root, data.n_classes)

@@ -2,10 +2,11 @@
 
     python eval.py [CHECKPOINT] [KEY=VALUE ...]
 
-CHECKPOINT is MODEL_DIR/final.pth if not named, or a file of tools.export. The
-network is rebuilt from what the checkpoint recorded. Writes eval.json,
-confusion.png and classes.png into LOG_DIR, and a line of results.csv. The VOC
-test server's file is written by tools.submit.
+CHECKPOINT is MODEL_DIR/final.pth if not named, a file of tools.export, or a
+folder that holds final.pth. It brings along its network, data set and split.
+Writes eval.json, confusion.png and classes.png into LOG_DIR (of another run's
+checkpoint: see docs/evaluation.md), and a line of results.csv. The VOC test
+server's file is written by tools.submit.
 
 Shapes: b images, n classes, h x w feature grid, T iterations, k bases, H x W
 pixels.
@@ -28,11 +29,17 @@ import network
 import settings
 import utils
 from lib import visualize
-from lib.checkpoint import find_checkpoint, get_classes, load_strict
+from lib.checkpoint import (
+    check_writable,
+    find_checkpoint,
+    get_classes,
+    load_strict,
+)
 from lib.cost import available_memory
 from lib.distributed import describe_device, join, leave, pick_devices_for
 from lib.download import file_hash
 from lib.images import read_classes, save_image
+from lib.recorded import adopt_data, report_folder
 from lib.results import RESULTS, append_result, open_results
 from utils import UserError
 
@@ -213,19 +220,25 @@ def eval_batch_size(device):
     return settings.EVAL_BATCH or (8 if device.type == 'cuda' else 1)
 
 
-def open_split(split, train=False, is_checked=False):
-    """Open a split; check its class names against N_CLASSES and, in the first
-    process unless is_checked, read every label. Raises UserError."""
-    data = dataset.Segmentation(split, train)
-    names, _ = read_classes(data.root, data.n_classes)
-    if utils.rank() or is_checked:
-        return data
-    counts = data.scan_labels(lambda results: utils.progress(
-        results, total=len(data), desc=f'check {split}', leave=False))
-    absent = [name for name, count in zip(names, counts) if not count]
-    if train and absent:
-        utils.log(f'warning: no pixel of {split} is {", ".join(absent)}')
+def open_split(split):
+    """Open a split and check it; see check_labels."""
+    data = dataset.Segmentation(split, train=False)
+    check_labels(data)
     return data
+
+
+def check_labels(data):
+    """Check a split's class names against N_CLASSES and, in the first
+    process, read every label. Raises UserError."""
+    names, _ = read_classes(data.root, data.n_classes)
+    if utils.rank():
+        return
+    counts = data.scan_labels(lambda results: utils.progress(
+        results, total=len(data), desc=f'check {data.split}', leave=False))
+    absent = [name for name, count in zip(names, counts) if not count]
+    if data.train and absent:
+        utils.log(f'warning: no pixel of {data.split} is '
+                  f'{", ".join(absent)}')
 
 
 @torch.no_grad()
@@ -266,8 +279,8 @@ def ema_unit(net):
     unit = getattr(net, 'emau', None)
     if not isinstance(unit, network.EMAU):
         raise UserError(f'attention maps are those of an EMA unit, and this '
-                        f'network has none (HEAD={settings.HEAD}, or an ONNX '
-                        f'file); name a checkpoint with HEAD=ema')
+                        f'network has none (HEAD={settings.HEAD}); name a '
+                        f'checkpoint with HEAD=ema')
     return unit
 
 
@@ -293,7 +306,7 @@ def attention_maps(net, image, device, bases=()):
         image: (H, W, 3) uint8 RGB.
         bases: their indices; () for those of select_diverse_bases.
     Returns: (bases, their shares of the image, maps (T, bases, h, w), 0..1,
-    of the size of a panel of lib.visualize).
+    of the size of a panel of lib.visualize, number of all bases).
     """
     x = torch.from_numpy(image).permute(2, 0, 1)[None]      # (1, 3, H, W)
     scale = min(settings.EVAL_SCALES[0],
@@ -306,7 +319,7 @@ def attention_maps(net, image, device, bases=()):
     bases, shares = list(bases) or select_diverse_bases(last), last.mean(1)
     maps = [[visualize.fit_panel(map_on_pixels(z[t, i], x), image.shape[:2])
              for i in bases] for t in range(len(z))]
-    return bases, shares[bases].tolist(), np.array(maps)
+    return bases, shares[bases].tolist(), np.array(maps), len(last)
 
 
 def map_on_pixels(z, image):
@@ -336,10 +349,12 @@ def score(net, data, names):
     confusion = evaluate(net, data)
     result = utils.scores(confusion, settings.EVAL_CLASSES)
     classes = dict(zip(names, result.pop('IoU')))
+    width = max(20, *map(len, names))
+    utils.log(f'{"class":{width}}  IoU %')
     for name, iou in classes.items():
         text = '-' if iou is None else f'{100 * iou:.2f}'
-        utils.log(f'{name:20} {text:>6}')
-    utils.log('  '.join(f'{name} {100 * value:.2f}'
+        utils.log(f'{name:{width}} {text:>6}')
+    utils.log('  '.join(f'{name} {100 * value:.2f} %'
                         for name, value in result.items()))
     return {**result, 'classes': classes, 'confusion': confusion.tolist()}
 
@@ -349,7 +364,9 @@ def report(net, checkpoint, path, digest):
     the result. digest: the sha256 of the file."""
     data = open_split(settings.VAL_SPLIT)
     names, colours = get_classes(checkpoint)
+    folder = report_folder(checkpoint, path)
     if utils.rank() == 0:
+        check_writable('LOG_DIR', folder)
         open_results().close()          # fail early
     scored = {
         'checkpoint': path, 'sha256': digest[:12],
@@ -369,17 +386,17 @@ def report(net, checkpoint, path, digest):
             append_result(scored, weights, results[weights],
                           time.perf_counter() - start)
     if utils.rank() == 0:
-        write_report({**results.pop('net'), **results, 'scored': scored},
-                     names, colours)
-    utils.log(f'{len(data)} images of {data.split}, step '
-              f'{checkpoint.get("step")} of {path}; written to '
-              f'{os.path.join(settings.LOG_DIR, "eval.json")}, confusion.png '
-              f'and classes.png, and a line of {RESULTS}')
+        write_report({**results.pop('net'), **results,
+                      'scored': {**scored, 'unit': '0..1'}},
+                     names, colours, folder)
+    utils.log(f'{utils.plural(len(data), "image")} of {data.split}, step '
+              f'{checkpoint.get("step")} of {path}; eval.json, '
+              f'confusion.png and classes.png are in {folder}, and a line in '
+              f'{RESULTS}')
 
 
-def write_report(result, names, colours):
-    """Write eval.json, confusion.png and classes.png into LOG_DIR."""
-    folder = settings.LOG_DIR
+def write_report(result, names, colours, folder):
+    """Write eval.json, confusion.png and classes.png into a folder."""
     utils.save_json(result, os.path.join(folder, 'eval.json'))
     save_image(visualize.plot_confusion(result['confusion'], names),
                os.path.join(folder, 'confusion.png'))
@@ -390,10 +407,7 @@ def write_report(result, names, colours):
 def parse_arguments(words):
     """Return the checkpoint that the command line names, or None; set the
     settings that it gives."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, usage='eval.py [CHECKPOINT] [KEY=VALUE ...]',
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=settings.describe())
+    parser = utils.make_parser(__doc__, settings.describe())
     parser.add_argument('checkpoint', nargs='?', help=argparse.SUPPRESS)
     for option in {word.partition('=')[0] for word in words} & set(MOVED):
         raise UserError(f'{option}: this is now {MOVED[option]}')
@@ -407,6 +421,7 @@ def main():
               f'{utils.world()}')
     digest = file_hash(path)            # now: a run may write the file anew
     net, checkpoint = heads.load_network(path, device)
+    adopt_data(checkpoint, path)
     report(net, checkpoint, path, digest)
     leave(0)
 

@@ -2,10 +2,11 @@
 
     python train.py [KEY=VALUE ...]
 
-Resumes from MODEL_DIR/latest.pth where that is there (`sh clean.sh` starts
-anew). Writes latest.pth, step_N.pth, best.pth and final.pth into MODEL_DIR;
-TensorBoard's events, log.csv and settings.json into LOG_DIR. The recipe is the
-paper's, as the 2019 code ran it. Shapes: b images, n classes, H x W pixels.
+Resumes from MODEL_DIR/latest.pth where that is there (`sh clean.sh`, given the
+same words, starts anew). Writes latest.pth, step_N.pth, best.pth and final.pth
+into MODEL_DIR; TensorBoard's events, log.csv and settings.json into LOG_DIR.
+The recipe is the paper's, as the 2019 code ran it. Shapes: b images, n
+classes, H x W pixels.
 """
 import argparse
 import math
@@ -15,7 +16,6 @@ import time
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -25,11 +25,12 @@ import heads
 import network
 import settings
 import utils
-from lib import checkpoint, distributed, visualize
+from lib import checkpoint, distributed, run, visualize
+from lib.cost import step_memory
 from lib.images import read_classes
 from lib.logger import Logger
 from lib.pretrained import load_initial_weights
-from utils import RunError, UserError
+from utils import UserError
 
 VAL_IMAGES = 4               # of the validation split that TensorBoard shows
 
@@ -174,36 +175,6 @@ def step_metrics(net, loss, optimizer, scaler):
         for name, value in unit.metrics.items()}}
 
 
-def read_metrics(pending, stop):
-    """Read the metrics of steps from the device, means over all processes.
-
-    Args:
-        pending: [(step, images' IDs, learning rate, {name: scalar on the
-            device})]; it is emptied.
-        stop: this process was asked to stop.
-    Returns: ([(step, {name: float})], whether any process was asked to).
-    Raises: RunError, with step and images, for a loss that is not finite.
-    """
-    with torch.no_grad():
-        values = torch.stack([value.float() for *_, metrics in pending
-                              for value in metrics.values()])
-        values = torch.cat([values, values.new_tensor([float(bool(stop))])])
-        if utils.world() > 1:
-            dist.all_reduce(values)
-            values /= utils.world()
-    *values, stopping = values.tolist()
-    rows, values = [], iter(values)
-    for step, ids, lr, metrics in pending:
-        metrics = dict(zip(metrics, values))    # the next len(metrics) values
-        if not math.isfinite(metrics['loss']):
-            raise RunError(f'the loss is {metrics["loss"]} at step {step}, '
-                           f'images {", ".join(ids)}; nothing was saved since '
-                           f'the last latest.pth. Try a lower LR')
-        rows.append((step, {**metrics, 'lr': lr}))
-    pending.clear()
-    return rows, stopping > 0
-
-
 def log_steps(rows, speed, logger, bar):
     """Record the metrics of steps [(step, {name: float})] and show the
     last; speed: images/s."""
@@ -216,14 +187,17 @@ def log_steps(rows, speed, logger, bar):
 
 # ------------------------------------------------- before the first step
 def check_run(processes):
-    """Raise UserError or RunError for what no run of so many processes can
-    do; warn of a crop that does not fit the grid."""
+    """Return the settings' network on the meta device. Raise UserError or
+    RunError for what no run of so many processes can do; warn of a crop that
+    does not fit the grid."""
     s = settings
     settings.validate(for_training=True)
     if s.BATCH_SIZE % (s.ACCUM * processes):
         raise UserError(f'BATCH_SIZE={s.BATCH_SIZE} does not divide into '
                         f'{processes} processes with ACCUM={s.ACCUM} '
                         f'micro-batches each; change one of them (DEVICES)')
+    with torch.device('meta'):
+        net = heads.build_network()
     if s.INIT_FROM and not os.path.isfile(s.INIT_FROM):
         raise UserError(f'INIT_FROM={s.INIT_FROM} is not there; name a '
                         f'checkpoint, such as models/final.pth of another run')
@@ -237,25 +211,49 @@ def check_run(processes):
                   f'{s.CROP_SIZE // s.STRIDE * s.STRIDE + 1}')
     for name in ('MODEL_DIR', 'LOG_DIR'):
         checkpoint.check_writable(name, getattr(s, name))
+    run.lock_folders(is_trial=True)
+    return net
 
 
 def open_data(device):
     """Return the training and the validation split ('' for none), every label
-    read. Raises UserError where images are in both, unless ALLOW_OVERLAP, and
-    where one is too large to be validated."""
-    s, is_checked = settings, distributed.is_spawned()  # by its parent
-    train_set = eval.open_split(s.TRAIN_SPLIT, True, is_checked)
-    val_set = s.VAL_SPLIT and eval.open_split(s.VAL_SPLIT, False, is_checked)
+    read. Raises UserError where images are in both, unless ALLOW_OVERLAP,
+    where there are fewer than a batch, and where one is too large to be
+    validated."""
+    s = settings
+    train_set = dataset.Segmentation(s.TRAIN_SPLIT, train=True)
+    val_set = s.VAL_SPLIT and dataset.Segmentation(s.VAL_SPLIT, train=False)
+    if len(train_set) < s.BATCH_SIZE:
+        raise UserError(f'BATCH_SIZE={s.BATCH_SIZE}, but {s.TRAIN_SPLIT} has '
+                        f'{utils.plural(len(train_set), "image")}; make the '
+                        f'batch smaller')
     both = sorted({*train_set.ids} & {*(val_set and val_set.ids)})
     if both and not s.ALLOW_OVERLAP:
-        raise UserError(f'{len(both)} images of {val_set.split} are in '
-                        f'{train_set.split} too, such as {both[0]}: their '
-                        f'score would say nothing. Set VAL_SPLIT= for no '
-                        f'validation, or ALLOW_OVERLAP=True')
-    if val_set and not is_checked:
-        largest = max(val_set.image_sizes(), key=math.prod)
-        eval.check_memory((1, 3, *largest), device, s.EVAL_SCALES)
+        raise UserError(f'{utils.plural(len(both), "image")} of '
+                        f'{s.VAL_SPLIT} are in {s.TRAIN_SPLIT} too, such as '
+                        f'{both[0]}: their score would say nothing. Set '
+                        f'VAL_SPLIT= for no validation, or '
+                        f'ALLOW_OVERLAP=True')
+    if not distributed.is_spawned():            # whose parent has done this
+        eval.check_labels(train_set)
+        if val_set:
+            eval.check_labels(val_set)
+            largest = max(val_set.image_sizes(), key=math.prod)
+            eval.check_memory((1, 3, *largest), device, s.EVAL_SCALES)
     return train_set, val_set
+
+
+def log_start(net, train_set, val_set, device):
+    """Say what will be trained; warn where a step is estimated to need more
+    memory than there is. net: on the meta device."""
+    s = settings
+    run.log_start(net, train_set, val_set, device)
+    b = s.BATCH_SIZE // (s.ACCUM * utils.world())
+    net.extractor.recompute = s.RECOMPUTE
+    needed = step_memory(net, segmentation_loss,
+                         (b, 3, s.CROP_SIZE, s.CROP_SIZE))
+    share = 0.6 if amp_dtype(device) else 1     # docs/performance.md
+    run.warn_of_memory(share * needed, device)
 
 
 def build(device, is_new):
@@ -349,24 +347,27 @@ def main():
     parse_arguments()
     s, stop = settings, distributed.StopRequest()
 
-    # devices and data; whatever can fail is tried before the first step
+    # whatever can fail is tried before the first step, what is cheap first
     devices = distributed.pick_devices(s.DEVICES)
-    check_run(utils.world() if utils.is_launched() else len(devices))
+    sketch = check_run(utils.world() if utils.is_launched() else len(devices))
+    latest = os.path.join(s.MODEL_DIR, 'latest.pth')
+    state = run.read_latest(latest)
+    if state and run.is_finished(state):
+        return
     train_set, val_set = open_data(devices[0])
     device = distributed.join(devices)
-    utils.log(f'device: {distributed.describe_device(device)}, processes: '
-              f'{utils.world()}')
+    log_start(sketch, train_set, val_set, device)
 
     # network, optimizer, and where they continue from
-    latest = os.path.join(s.MODEL_DIR, 'latest.pth')
-    is_resumed = distributed.assert_agreed(os.path.exists(latest),
+    _locks = run.lock_folders()         # held until main ends
+    is_resumed = distributed.assert_agreed(state is not None,
                                            f'{latest} is there')
     net, optimizer, scaler, average = build(device, is_new=not is_resumed)
     nets = {'val_mIoU': net}
     parts = {'net': net, 'optimizer': optimizer, 'scaler': scaler}
     if average:
         parts['average'] = nets['val_mIoU_average'] = average.module
-    start, best = checkpoint.restore(latest, parts) if is_resumed else (0, 0.0)
+    start, best = run.restore(state, parts, latest) if state else (0, 0.0)
     if average:
         average.n_averaged.fill_(start)
     model, weight = distributed.wrap_ddp(net), class_weights(train_set, device)
@@ -376,7 +377,7 @@ def main():
     logger.log_settings(s.as_dict())
 
     def save(name, for_resume=False):
-        state = checkpoint.capture(parts, step, best, for_resume)
+        state = run.capture(parts, step, best, for_resume)
         if utils.rank() == 0:
             checkpoint.save(state, os.path.join(s.MODEL_DIR, name))
 
@@ -404,7 +405,9 @@ def main():
         keeps = step % s.ITER_SAVE == 0
         if not (validates or saves or keeps or step % read_every == 0):
             continue                    # without waiting for the device
-        rows, is_stopping = read_metrics(pending, stop)
+        rows, is_stopping = run.read_metrics(pending, stop)
+        if validates or saves or keeps or is_stopping:
+            run.check_finite(parts, step)
         speed = s.BATCH_SIZE * len(rows) / (time.perf_counter() - began)
         if validates:
             rows[-1][1].update(validate(nets, val_set, step, logger))
@@ -420,15 +423,14 @@ def main():
         if is_stopping and not is_last:
             bar.close()
             utils.log(f'{stop.name or "a signal"}: stopped after step {step};'
-                      f' python train.py resumes')
+                      f' {run.resume_command()}')
             distributed.leave(utils.STOPPED)
         began = time.perf_counter()
 
     save('final.pth')
     bar.close()
     logger.close()
-    utils.log(f'done: {os.path.join(s.MODEL_DIR, "final.pth")}, step {step}'
-              + (f', best val mIoU {100 * best:.2f}' if val_set else ''))
+    utils.log(run.describe_end(step, best if val_set else None))
     distributed.leave(0)
 
 

@@ -4,19 +4,21 @@ A checkpoint is {'net': state_dict, 'step': ..., 'settings': ..., ...}, see
 train.py; a published one has 'net' and 'step' alone. Exported files
 (.safetensors, .onnx) carry the rest as JSON in their metadata.
 """
+import collections
+import glob
 import json
 import os
-import sys
 import tempfile
 
-import numpy as np
 import torch
 
 import settings
 import utils
-from lib.distributed import gather
-from lib.images import read_classes
-from utils import RunError, UserError, first_line, log, world
+from lib.images import read_classes, voc_palette
+from utils import RunError, UserError, first_line, log
+
+# what a checkpoint is scored on
+DATA_SETTINGS = 'DATA_ROOT', 'VAL_SPLIT', 'IGNORE_LABEL', 'EVAL_CLASSES'
 
 
 # ------------------------------------------------- files
@@ -39,11 +41,13 @@ def save(state, path):
 
 
 def check_writable(name, folder):
-    """Make a folder, the value of the setting `name`; raise RunError unless
-    files can be written there."""
+    """Raise RunError unless files can be written in a folder, the value of
+    the setting `name`, or where it will be made. Nothing is left behind."""
+    place = os.path.abspath(folder)
+    while not os.path.lexists(place):
+        place = os.path.dirname(place)
     try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
         raise RunError(f'{name}={folder}: nothing can be written there '
@@ -65,8 +69,8 @@ def load(path):
             raise UserError(f'{path} holds more than tensors and plain '
                             f'values, and is not loaded: it could run any '
                             f'code. Take it from another source') from None
-        raise UserError(f'{path} is truncated or no file of weights '
-                        f'({first_line(error)}); fetch it again') from None
+        raise UserError(f'{path} is truncated or no file of weights; '
+                        f'fetch or save it again') from None
 
 
 def read_checkpoint(path):
@@ -92,41 +96,63 @@ def read_checkpoint(path):
     return checkpoint
 
 
+def final_in(folder):
+    """Return the final.pth of a folder, or of its models/; None without one.
+    """
+    paths = (os.path.join(folder, place, 'final.pth')
+             for place in ('', 'models'))
+    return next(filter(os.path.isfile, paths), None)
+
+
 def find_checkpoint(path):
-    """Return path, or MODEL_DIR/final.pth if none is named.
+    """Return path, or the final.pth of a folder, MODEL_DIR if none is named.
 
     Raises UserError: a network is never scored on random weights.
     """
     chosen = path or os.path.join(settings.MODEL_DIR, 'final.pth')
-    if not os.path.isfile(chosen):
-        folder = os.path.dirname(chosen) or '.'
-        found = sorted(name for name in os.listdir(folder)
-                       if name.endswith('.pth')) if os.path.isdir(
-                           folder) else []
-        raise UserError(f'{chosen} is not there; {folder} has: '
-                        f'{", ".join(found) or "no checkpoint"}. Train '
-                        f'first, or name a checkpoint')
-    return chosen
+    if os.path.isfile(chosen):
+        return chosen
+    folder, wanted = os.path.dirname(chosen), ('*.pth',)
+    if os.path.isdir(chosen):
+        if final_in(chosen):
+            return os.path.normpath(final_in(chosen))
+        folder, wanted = chosen, ('*.pth', 'models/*.pth')
+        chosen = os.path.join(chosen, 'final.pth')
+    found = sorted((file for each in wanted for file in glob.glob(
+        os.path.join(glob.escape(folder), each))), key=os.path.getmtime)
+    raise UserError(f'{chosen} is not there' + (
+        f'; name one of the newest that are: {", ".join(found[:-4:-1])}'
+        if found else ', nor any other checkpoint; train first, or name one'))
 
 
 # ------------------------------------------------- what travels with weights
 def get_classes(checkpoint):
     """Return the class names and colours that a checkpoint recorded; of a
-    published one, which has none, those of DATA_ROOT."""
+    published one, which has none, those of DATA_ROOT, where they are as many
+    as the network's, or numbers and VOC's colours."""
     if 'classes' in checkpoint:
         return checkpoint['classes'], checkpoint['colours']
-    return read_classes(settings.DATA_ROOT, settings.N_CLASSES)
+    root, n = settings.DATA_ROOT, settings.N_CLASSES
+    try:
+        return read_classes(root, n)
+    except UserError:
+        log(f'warning: {root}/classes.txt does not name the {n} classes of '
+            f'this network; they are numbered')
+        return [str(i) for i in range(n)], voc_palette()[:n].tolist()
 
 
 def encode_metadata(checkpoint):
     """Return what travels in an exported file, {name: JSON}: classes,
-    colours, mean, std, step, git and the network's settings."""
+    colours, mean, std, step, git, and the settings of the network and of the
+    data that it is scored on."""
     names, colours = get_classes(checkpoint)
+    data = {name: value for name, value in (
+        checkpoint.get('settings') or {}).items() if name in DATA_SETTINGS}
     return {name: json.dumps(value) for name, value in {
         'classes': names, 'colours': colours, 'mean': settings.MEAN,
         'std': settings.STD, 'step': checkpoint.get('step'),
         'git': checkpoint.get('git', utils.git_hash()),
-        'settings': settings.network_settings()}.items()}
+        'settings': {**settings.network_settings(), **data}}.items()}
 
 
 def decode_metadata(texts):
@@ -186,32 +212,59 @@ def load_matching(net, state, name):
     fits = {key: value for key, value in state.items()
             if key in own and isinstance(value, torch.Tensor)
             and own[key].shape == value.shape}
+    check_finite(fits, name)
     net.load_state_dict(fits, strict=False)
     return ([key for key in state if key not in fits],
             missing_keys(own, fits))
 
 
 def check_keys(own, given, name, is_partial=False):
-    """Raise UserError unless the weights `given` are those that `own` has;
-    is_partial: some may be missing, but not all."""
+    """Raise UserError unless the weights `given` are those that `own` has,
+    and finite; is_partial: some may be missing, but not all."""
     if not all(isinstance(value, torch.Tensor) for value in given.values()):
         raise UserError(f'{name} is no file of weights: it holds '
-                        f'{_shorten(list(given))}')
-    faults, missing = [], missing_keys(own, given)
+                        f'{summarize_keys(given)}')
+    errors, missing = [], missing_keys(own, given)
     if missing and not (is_partial and own.keys() & given.keys()):
-        faults.append(f'lacks {_shorten(missing)}')
+        errors.append(f'lacks {summarize_keys(missing)}')
     unknown = [key for key in given if key not in own]
     if unknown:
-        faults.append(f'has, unknown to the network, {_shorten(unknown)}')
-    shapes = [f'{key} {tuple(value.shape)} for {tuple(own[key].shape)}'
-              for key, value in given.items()
-              if key in own and own[key].shape != value.shape]
-    if shapes:
-        faults.append(f'has other shapes, {_shorten(shapes)}')
-    if faults:
+        errors.append(f'has, unknown to the network, '
+                      f'{summarize_keys(unknown)}')
+    other = [key for key, value in given.items()
+             if key in own and own[key].shape != value.shape]
+    if other:
+        key = other[0]
+        listed = f'{summarize_keys(other)}, such as ' * (len(other) > 1)
+        errors.append(f'has other shapes, {listed}{key} '
+                      f'{tuple(given[key].shape)} for '
+                      f'{tuple(own[key].shape)}')
+    if errors:
         raise UserError(f'{name} does not fit the network: it '
-                        f'{"; it ".join(faults)}. Is it for other settings '
+                        f'{"; it ".join(errors)}. Is it for other settings '
                         f'(N_LAYERS, STEM, HEAD)?')
+    check_finite(given, name)
+
+
+def check_finite(state, name):
+    """Raise UserError where a file's weights are not finite."""
+    broken = not_finite(state)
+    if broken:
+        raise UserError(f'{name} holds numbers that are not finite '
+                        f'({summarize_keys(broken)}): its training has '
+                        f'diverged; take an earlier checkpoint')
+
+
+def not_finite(state):
+    """Return the keys of the tensors that hold inf or NaN; the device is
+    waited for once."""
+    floats = {key: value for key, value in state.items()
+              if isinstance(value, torch.Tensor) and value.is_floating_point()}
+    if not floats:
+        return []
+    finite = torch.stack([value.isfinite().all() for value in floats.values()])
+    return [key for key, is_finite in zip(floats, finite.tolist())
+            if not is_finite]
 
 
 def missing_keys(own, given):
@@ -221,88 +274,18 @@ def missing_keys(own, given):
             and not key.endswith('num_batches_tracked')]
 
 
-def _shorten(words, most=12):
-    rest = len(words) - most
-    return ', '.join(words[:most]) + (f' and {rest} more' if rest > 0 else '')
-
-
-# ------------------------------------------------- a run
-def versions():
-    """Return {name: version} of what a run's numbers depend on."""
-    return {'python': sys.version.split()[0], 'torch': str(torch.__version__),
-            'numpy': str(np.__version__), 'threads': torch.get_num_threads()}
-
-
-def random_state():
-    """Return this process's random state, of the CPU and of its GPU."""
-    return [torch.get_rng_state()] + (
-        [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
-
-
-def set_random_state(state):
-    """Restore what random_state() returned."""
-    torch.set_rng_state(state[0])
-    if state[1:] and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state[1])
-
-
-def capture(parts, step, best, for_resume):
-    """Return a checkpoint of a run. All processes call it.
-
-    Args:
-        parts: {name: what has a state_dict}; 'net' and 'average' are what
-            eval.py and predict.py need.
-        step, best: the step, the best val mIoU so far.
-        for_resume: with all parts and the random state.
-    """
-    names, colours = read_classes(settings.DATA_ROOT, settings.N_CLASSES)
-    state = {'step': step, 'best': best, 'settings': settings.as_dict(),
-             'classes': names, 'colours': colours, 'git': utils.git_hash(),
-             'versions': versions(), 'processes': world()}
-    for name, part in parts.items():
-        if for_resume or name in ('net', 'average'):
-            state[name] = part.state_dict()
-    if for_resume:
-        state['random'] = gather(random_state())
-    return state
-
-
-def restore(path, parts):
-    """Restore a run's parts from latest.pth; return (step, best mIoU).
-
-    Raises UserError where a setting that alters the run has changed, or the
-    file is no run that could be resumed.
-    """
-    state = load(path)
-    if not isinstance(state, dict) or 'optimizer' not in state:
-        raise UserError(f'{path} is no run to resume: it holds no optimizer. '
-                        f'Move it away to start anew')
-    changed = settings.changed_since(state['settings'])
-    unknown = sorted(set(state['settings']) - set(settings.as_dict()))
-    if unknown:
-        raise UserError(f'{path} is of a version with other settings '
-                        f'({", ".join(unknown)}): finish the run with that '
-                        f'version, or move the file away and start from its '
-                        f'weights with INIT_FROM')
-    if changed:
-        listed = ', '.join(f'{name} {old!r} -> {new!r}'
-                           for name, (old, new) in changed.items())
-        raise UserError(f'{path} is of a run with other settings ({listed}); '
-                        f'put them back, or start anew with sh clean.sh')
-    for name, part in parts.items():
-        if name in ('net', 'average'):
-            load_strict(part, state[name], path)
-        else:
-            part.load_state_dict(state[name])
-    if len(state['random']) == world():
-        set_random_state(state['random'][utils.rank()])
-    else:
-        log(f'warning: {path} is of {len(state["random"])} processes, these '
-            f'are {world()}: dropout will differ')
-    for name, now in versions().items():
-        if state['versions'].get(name) != now:
-            log(f'warning: {path} was written with {name} '
-                f'{state["versions"].get(name)}, this is {now}: the run is '
-                f'resumed, but not bit for bit')
-    log(f'{path}: resumed after step {state["step"]}')
-    return state['step'], state['best']
+def summarize_keys(keys, most=4):
+    """Return keys of a state_dict in words; where they are many, by module:
+    'extractor.7 (25 tensors), fc2 (2 tensors)'."""
+    keys = [str(key) for key in keys]
+    if len(keys) <= most:
+        return ', '.join(keys)
+    for depth in (3, 2, 1):
+        groups = collections.Counter('.'.join(
+            key.split('.')[:-1][:depth]) or key for key in keys)
+        if len(groups) <= most:
+            break
+    shown = [f'{name} ({utils.plural(count, "tensor")})'
+             for name, count in groups.most_common(most)]
+    rest = len(keys) - sum(n for _, n in groups.most_common(most))
+    return ', '.join(shown) + (f' and {rest} more' if rest else '')

@@ -45,6 +45,40 @@ def complexity(net, size=(513, 513)):
             'params': sum(p.numel() for p in parameters)}
 
 
+def saved_tensors(forward):
+    """Return the tensors that forward() keeps for the backward pass, one for
+    each storage."""
+    saved = {}
+
+    def pack(x):
+        saved.setdefault(x.untyped_storage()._cdata, x)   # held: no reuse
+        return x
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        result = forward()          # whose graph holds them
+    del result
+    return list(saved.values())
+
+
+def step_memory(net, loss, shape):
+    """Estimate the bytes that a training step takes in float32: activations
+    kept for the backward pass; weights, gradients, momentum.
+
+    Args:
+        net: on the meta device, where nothing is allocated.
+        loss: of (logits, label), as train.segmentation_loss.
+        shape: of the images, (b, 3, H, W).
+    """
+    image = torch.empty(shape, device='meta')
+    label = torch.empty(shape[0], *shape[2:], dtype=torch.uint8,
+                        device='meta')
+    net.train()
+    own = {p.untyped_storage()._cdata for p in net.parameters()}
+    kept = sum(storage.nbytes() for storage in (
+        x.untyped_storage() for x in saved_tensors(
+            lambda: loss(net(image), label))) if storage._cdata not in own)
+    return kept + 12 * sum(p.numel() for p in net.parameters())
+
+
 def peak_memory(device):
     """Return the peak memory so far, GiB: of tensors on a GPU, since this was
     last asked for; else of the whole process."""

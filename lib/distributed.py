@@ -19,7 +19,15 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import settings
-from utils import STOPPED, RunError, UserError, is_launched, log, world
+from utils import (
+    STOPPED,
+    RunError,
+    UserError,
+    is_launched,
+    log,
+    plural,
+    world,
+)
 
 
 # ------------------------------------------------- stop requests
@@ -182,11 +190,20 @@ def pick_devices_for(path):
     return devices
 
 
+def count_workers():
+    """Return how many loader processes this training process may have:
+    NUM_WORKERS, but no more in all than this machine has cores."""
+    cores = (len(os.sched_getaffinity(0)) if sys.platform == 'linux'
+             else os.cpu_count() or 1)
+    local = int(os.environ.get('LOCAL_WORLD_SIZE', world()))
+    return min(settings.NUM_WORKERS, max(1, cores // local))
+
+
 def describe_device(device):
     """Return the device in words, for the log."""
     if device.type == 'cuda':
         return f'{device} ({torch.cuda.get_device_name(device)})'
-    return f'{device} ({torch.get_num_threads()} threads)'
+    return f'{device} ({plural(torch.get_num_threads(), "thread")})'
 
 
 # ------------------------------------------------- gradients, batch norm

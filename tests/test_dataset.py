@@ -73,6 +73,23 @@ def test_read_ids_names_the_splits_there_are(root):
         dataset.read_ids(str(root), 'test')
 
 
+@pytest.mark.parametrize('text', (
+    '\ufeffa\nb\n'.encode(), b'a\r\nb\r\n', b'a\rb',
+    'a\nb'.encode('utf-16')))
+def test_read_ids_of_other_systems(root, text):
+    list_path(root, 'train').write_bytes(text)
+    assert dataset.read_ids(str(root), 'train') == ['a', 'b']
+
+
+def test_read_ids_refuses_what_is_no_text_and_ids_that_are_twice(root):
+    list_path(root, 'train').write_bytes('äöü'.encode('latin-1'))
+    with pytest.raises(UserError, match='train.txt is neither UTF-8 nor'):
+        dataset.read_ids(str(root), 'train')
+    list_path(root, 'train').write_text('a\nb\nc\nb\n')
+    with pytest.raises(UserError, match='train.txt has b twice; remove one'):
+        dataset.read_ids(str(root), 'train')
+
+
 def test_read_ids_refuses_an_empty_list(root):
     list_path(root, 'train').write_text('\n \n')
     with pytest.raises(UserError, match='train.txt is empty'):
@@ -183,10 +200,24 @@ def test_scan_labels_refuses_masks_of_0_and_255(root):
     add(root, 'a', [[0, 255, 255]])
     add(root, 'b', [[0, 0, 255]])
     data = dataset.Segmentation('train', train=True)
-    with pytest.raises(UserError, match='train hold 0 and 255 alone'):
+    with pytest.raises(UserError, match='hold class 0 alone: .*write it as 1'):
         data.scan_labels()
     add(root, 'c', [[0, 1, 255]])                    # one object is enough
     dataset.Segmentation('train', train=True).scan_labels()
+
+
+@pytest.mark.parametrize('values, only', (
+    ([0, 0], 'class 0'), ([1, 1], 'class 1'), ([1, 255], 'class 1'),
+    ([255, 255], 'void')))
+def test_scan_labels_refuses_to_train_on_one_class(root, values, only):
+    """As of a JSON without outlines; a split to score may hold one class."""
+    add(root, 'a', [values])
+    data = dataset.Segmentation('train', train=True)
+    with pytest.raises(UserError, match=f'train hold {only} alone: there is '
+                                        f'nothing to learn'):
+        data.scan_labels()
+    if values != [255, 255]:
+        dataset.Segmentation('train', train=False).scan_labels()
 
 
 # ------------------------------------------------- samples
@@ -394,14 +425,13 @@ def test_script_draws_samples(toy, tmp_path):
     assert abs(sum(shares) - 100) < 0.1 and lines[6].startswith('12 images')
 
 
-def test_script_refuses_a_bad_label(copy, tmp_path):
+def test_script_refuses_a_bad_label(small, copy, monkeypatch, capsys):
     corrupt = label_path(copy, 'toy_0007')
     corrupt.write_bytes(corrupt.read_bytes()[:100])
-    done = run('dataset.py', *words({**SMALL, 'DATA_ROOT': copy}),
-               cwd=tmp_path)
-    *bar, line = done.stderr.splitlines()
-    assert done.returncode == 2 and 'Traceback' not in done.stderr
-    assert line.startswith(f'dataset.py: {corrupt} cannot be read')
+    status, line = refused(dataset.main, f'DATA_ROOT={copy}',
+                           monkeypatch=monkeypatch, capsys=capsys)
+    assert status == 2 and line.startswith(
+        f'script.py: {corrupt} cannot be read')
 
 
 def test_script_refuses_words_it_does_not_know(small, monkeypatch, capsys):

@@ -91,7 +91,7 @@ def test_sigterm_saves_and_asks_to_be_started_again(start):
     wait_for_steps(3)
     os.killpg(process.pid, signal.SIGTERM)
     status, _, out = ending(process)
-    assert status == utils.STOPPED and 'python train.py resumes' in out
+    assert status == utils.STOPPED and 'to resume: python ' in out
     step = checkpoint.load('models/latest.pth')['step']
     assert step == wait_for_steps(1)
     assert sorted(os.listdir('models')) == ['latest.pth']

@@ -2,6 +2,7 @@
 
     python -m pytest tests/test_loader.py
 """
+import os
 import signal
 import traceback
 
@@ -14,6 +15,7 @@ import dataset
 import settings
 from conftest import refused
 from files import add, empty_set, label_path, png
+from lib import distributed
 from lib.distributed import StopRequest
 from utils import UserError
 
@@ -152,14 +154,15 @@ def test_loaders_leave_the_random_state_alone(workers, small):
     assert (np.random.get_state()[1] == numpys[1]).all()
 
 
-def test_train_loader_refuses_less_than_a_batch(small):
-    data = dataset.Segmentation('train', train=True)
-    settings.BATCH_SIZE = 12
-    assert len(dataset.train_loader(data)) == 4
-    settings.BATCH_SIZE = 13
-    with pytest.raises(UserError, match=(
-            'BATCH_SIZE=13, but train has 12 images')):
-        dataset.train_loader(data)
+@pytest.mark.parametrize('wanted, cores, local, count', (
+    (4, 2, '1', 2), (1, 2, '1', 1), (0, 8, '1', 0), (4, 8, '8', 1),
+    (4, 2, '8', 1), (4, 64, '8', 4)))
+def test_loader_processes_are_no_more_than_the_cores(monkeypatch, wanted,
+                                                     cores, local, count):
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: range(cores))
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', local)
+    settings.NUM_WORKERS = wanted
+    assert distributed.count_workers() == count
 
 
 @pytest.mark.parametrize('data', [b'', png(np.full((9, 9), 77), 8, 0)],

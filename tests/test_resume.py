@@ -2,6 +2,7 @@
 
     python -m pytest tests/test_resume.py
 """
+import glob
 import math
 import os
 import signal
@@ -31,16 +32,17 @@ def test_the_log_has_every_step_in_full_precision(small, monkeypatch,
     vars(settings).update(ITER_MAX=23, ITER_SAVE=150, VAL_SPLIT='',
                           CROP_SIZE=33, LR_DECAY=1)
     losses, read = [], []
+    monkeypatch.setattr(train, 'log_start', lambda *a: None)
 
     def loss(*arguments, inner=train.segmentation_loss):
         losses.append(inner(*arguments))
         return losses[-1]
 
-    def read_metrics(pending, stop, inner=train.read_metrics):
+    def read_metrics(pending, stop, inner=train.run.read_metrics):
         read.append(len(pending))
         return inner(pending, stop)
     monkeypatch.setattr(train, 'segmentation_loss', loss)
-    monkeypatch.setattr(train, 'read_metrics', read_metrics)
+    monkeypatch.setattr(train.run, 'read_metrics', read_metrics)
     if kind == 'gpu':
         pretend_gpu(monkeypatch)
     rows = train_here(monkeypatch)
@@ -56,8 +58,9 @@ def test_the_log_has_every_step_in_full_precision(small, monkeypatch,
 
 def test_a_run_that_diverges_stops(small, monkeypatch):
     """The images are named and no checkpoint holds the spoilt weights."""
-    vars(settings).update(LR=1e30, ITER_SAVE=10)
-    with pytest.raises(RunError, match=r'step \d, images toy_\d+, toy_'):
+    vars(settings).update(LR=1e6, ITER_SAVE=10)
+    with pytest.raises(RunError, match=r'step \d, images toy_\d+, toy_|'
+                                       r'diverged: at step \d the net has'):
         train_here(monkeypatch)
     for value in checkpoint.load('models/latest.pth')['net'].values():
         assert value.isfinite().all()
@@ -73,6 +76,7 @@ def test_a_loss_is_read_before_a_save(small, monkeypatch, kind,
     if kind == 'gpu':
         pretend_gpu(monkeypatch)
     losses = []
+    monkeypatch.setattr(train, 'log_start', lambda *a: None)
 
     def spoil(logits, label, weight, loss=train.segmentation_loss):
         losses.append(loss(logits, label, weight) * (
@@ -132,7 +136,8 @@ def test_files_of_a_run(small, monkeypatch):
     vars(settings).update(ITER_SAVE=2, ITER_VAL=2)
     train_here(monkeypatch)
     assert sorted(os.listdir('models')) == [
-        'best.pth', 'final.pth', 'latest.pth', 'step_2.pth', 'step_4.pth']
+        '.lock', 'best.pth', 'final.pth', 'latest.pth', 'step_2.pth',
+        'step_4.pth']
     final = checkpoint.load('models/final.pth')
     assert final['settings'] == settings.as_dict() and final['step'] == 4
     assert final['classes'][1] == 'disc' and len(final['colours']) == 6
@@ -156,6 +161,58 @@ def test_a_changed_setting_stops_a_resume(small, monkeypatch):
     vars(settings).update(LR=0.5, NUM_WORKERS=1)
     with pytest.raises(UserError, match=r'\(LR 0.009 -> 0.5\)'):
         train_here(monkeypatch)
+
+
+def test_another_length_is_refused_with_the_command_that_helps(small,
+                                                              monkeypatch):
+    """The learning rate of every step would be another; how often a run is
+    validated and saved alters nothing."""
+    vars(settings).update(ITER_MAX=2, VAL_SPLIT='')
+    train_here(monkeypatch)
+    os.remove('models/final.pth')
+    vars(settings).update(ITER_VAL=5, ITER_SAVE=7)
+    train_here(monkeypatch)
+    vars(settings).update(ITER_MAX=4)
+    with pytest.raises(UserError, match=(
+            r'\(ITER_MAX 2 -> 4\); put them back, or move models/latest.pth '
+            r'away .* learning rate .*: python \S*train.py STEM=plain '
+            r'ITER_MAX=4 INIT_FROM=models/latest.pth MODEL_DIR=models.2 '
+            r'LOG_DIR=logdir.2$')):
+        train_here(monkeypatch, 'STEM=plain')
+    words = 'ITER_MAX=4 INIT_FROM=models/latest.pth MODEL_DIR=m2 LOG_DIR=l2'
+    assert list(train_here(monkeypatch, *words.split())) == [1, 2, 3, 4]
+
+
+def test_a_finished_run_says_so_and_ends(small, monkeypatch, capsys):
+    """Without another event file, and before the labels are read."""
+    vars(settings).update(ITER_MAX=1, VAL_SPLIT='')
+    train_here(monkeypatch)
+    written = {name: os.path.getmtime(name)
+               for folder in ('models', 'logdir')
+               for name in glob.glob(f'{folder}/*')}
+    monkeypatch.setattr(train, 'open_data', None)
+    train_here(monkeypatch, 'ITER_MAX=1')
+    assert ('finished at step 1: models/final.pth; to train on from its '
+            'weights: python') in capsys.readouterr().out
+    assert written == {name: os.path.getmtime(name)
+                       for folder in ('models', 'logdir')
+                       for name in glob.glob(f'{folder}/*')}
+
+
+def test_weights_that_are_not_finite_are_never_saved(small, monkeypatch):
+    """Of the last step, whose loss does not show it."""
+    vars(settings).update(ITER_MAX=2, ITER_SAVE=10)
+
+    def spoil(net, inner=train.set_train_mode):
+        inner(net)
+        net.extractor[0].weight.register_hook(lambda grad: grad * math.inf)
+    monkeypatch.setattr(train, 'set_train_mode', spoil)
+    monkeypatch.setattr(train, 'validate', None)        # comes after
+    with pytest.raises(RunError, match=(
+            r'^the run has diverged: at step 1 the net has numbers that are '
+            r'not finite \(extractor.0.weight\); nothing was saved')):
+        train_here(monkeypatch)
+    assert os.listdir('models') == ['.lock']
 
 
 def test_a_run_of_yesterday_is_not_resumed(small, monkeypatch, capsys):
@@ -195,7 +252,7 @@ def test_ctrl_c_finishes_the_step_and_says_how_to_resume(toy, tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == utils.STOPPED, err
-    assert 'Traceback' not in err and 'python train.py resumes' in out
+    assert 'Traceback' not in err and 'to resume: python ' in out
     steps = log.read_text().strip().splitlines()[-1].split(',')[0]
     path = str(tmp_path / 'models' / 'latest.pth')
     assert checkpoint.load(path)['step'] == int(steps)

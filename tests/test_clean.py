@@ -1,0 +1,93 @@
+"""What `sh clean.sh` removes, and what it must not.
+
+    python -m pytest tests/test_clean.py
+"""
+import json
+import os
+import sys
+
+import pytest
+
+from conftest import refused
+from lib import run
+from project import copy_project
+from test_scripts import sh, write_files
+from tools import clean
+
+KEPT = ('models/resnet18-f37072fd.pth', 'models/step_best.pth',
+        'models/step_2_mine.pth', 'models/my_latest.pth',
+        'data/toy/classes.txt', 'predictions/a.png', 'logdir/mine.txt',
+        'results.csv', 'results.tgz', 'other/latest.pth')
+GONE = ('models/latest.pth', 'models/best.pth', 'models/final.pth',
+        'models/step_20.pth', 'models/latest.pth.tmp', 'models/.lock',
+        'logdir/log.csv', 'logdir/eval.json', 'logdir/confusion.png',
+        'logdir/classes.png', 'logdir/samples.png', 'logdir/settings.json',
+        'logdir/events.out.tfevents.1.host', 'logdir/.lock')
+
+
+def write_run(folder, log='logdir', models='models', names=KEPT + GONE):
+    """Write the files of a run, and some that are none of its own."""
+    write_files(folder, names)
+    write_files(folder, [f'{log}/settings.json'])
+    (folder / log / 'settings.json').write_text(json.dumps({
+        'MODEL_DIR': models, 'LOG_DIR': log}))
+
+
+def run_clean(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, 'argv', ['clean.py', *arguments])
+    clean.main()
+
+
+def test_clean_removes_what_a_run_made_and_nothing_else(tmp_path):
+    """As a user runs it, twice; the sources stay."""
+    folder = copy_project(tmp_path / 'EMANet')
+    sources = {path for path in folder.rglob('*') if path.is_file()}
+    write_run(folder)
+    done = sh(folder, 'clean.sh')
+    assert done.returncode == 0, done.stderr
+    for name in GONE:
+        assert f'removed {name}\n' in done.stdout
+    assert f'{len(GONE)} files of the run in logdir removed' in done.stdout
+    assert all((folder / name).exists() for name in KEPT)
+    assert not any((folder / name).exists() for name in GONE)
+    assert all(path.exists() for path in sources)
+
+
+def test_clean_removes_the_run_that_was_named(tmp_path, monkeypatch, capsys):
+    """By the words that train.py was given, and by what that run recorded."""
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path)
+    write_run(tmp_path, 'l2', 'm2', ['m2/latest.pth', 'l2/log.csv'])
+    run_clean(monkeypatch, 'LR=0.1', 'MODEL_DIR=m2', 'LOG_DIR=l2')
+    assert all(os.path.exists(name) for name in KEPT + GONE)
+    assert os.listdir('m2') == [] and not os.path.exists('l2')
+    capsys.readouterr()
+    run_clean(monkeypatch, 'MODEL_DIR=m2', 'LOG_DIR=l2')
+    assert 'nothing was removed' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('words, recorded, part', (
+    (('MODEL_DIR=m2',), 'models', 'wrote to models; nothing was removed'),
+    ((), '', 'an empty name is no folder'),
+    ((), None, 'settings.json cannot be read'),
+    (('m2',), 'models', 'm2: only KEY=VALUE')))
+def test_clean_refuses_what_is_not_clear(tmp_path, monkeypatch, capsys, words,
+                                         recorded, part):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path, models=recorded)
+    status, line = refused(clean.main, *words, monkeypatch=monkeypatch,
+                           capsys=capsys)
+    assert status == 2 and part in line
+    assert all(os.path.exists(name) for name in KEPT + GONE)
+
+
+def test_clean_leaves_a_run_at_work_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path)
+
+    def lockf(*arguments):
+        raise BlockingIOError
+    monkeypatch.setattr(run.fcntl, 'lockf', lockf)
+    status, line = refused(clean.main, monkeypatch=monkeypatch, capsys=capsys)
+    assert status == 2 and 'another train.py is at work there' in line
+    assert all(os.path.exists(name) for name in KEPT + GONE)
