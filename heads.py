@@ -1,16 +1,16 @@
 """The networks that one recipe trains: EMANet and the heads it is compared
 with, on the same backbone.
 
-`build_network()` returns the one that the settings describe. All have the
-same face, `logits = net(image)`, and their backbone is `net.extractor`.
-`python heads.py [KEY=VALUE ...]` lists them with parameters and MACs.
+    python heads.py [KEY=VALUE ...]
+
+Lists them with parameters and MACs; writes nothing. `build_network()` returns
+the one that the settings describe. All have the same face, `logits =
+net(image)`, and their backbone is `net.extractor`.
 
 Shapes: b images, c channels, h x w feature grid, n = h * w, H x W pixels. New
 heads' weights are drawn as PyTorch draws them, as those of EMANet's fc0 to
 fc2 are.
 """
-import sys
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -19,7 +19,8 @@ import network
 import settings
 from lib.checkpoint import OnnxNetwork, load_strict, read_checkpoint
 from lib.cost import complexity
-from utils import UserError, log, run_main
+from lib.recorded import adopt_network
+from utils import UserError, log, make_parser, run_main
 
 HEADS = settings.choices('HEAD')
 
@@ -223,27 +224,20 @@ def load_network(path, device):
     """Return (net in evaluation mode, checkpoint) of a file that train.py or
     tools.export wrote, or of a published {'net': ..., 'step': ...}.
 
-    The network's settings are taken from it unless the command line gave
-    them; what did not come from settings.py is logged. Then all settings are
-    checked. Raises UserError.
+    The network's settings and EVAL_CLASSES are taken from it unless the
+    command line gave them; what did not come from settings.py is logged. Then
+    all settings are checked. Raises UserError.
     """
     for name, value in settings.given().items():
         log(f'{name} = {value!r} (command line)')
     if path.endswith('.onnx'):
         return _load_onnx(path)
     checkpoint = read_checkpoint(path)
-    _adopt(checkpoint.get('settings') or detect_settings(checkpoint['net']),
-           path)
+    adopt_network(checkpoint.get('settings')
+                  or detect_settings(checkpoint['net']), checkpoint, path)
     net = build_network()
     load_strict(net, checkpoint['net'], path)
     return net.to(device).eval(), checkpoint
-
-
-def _adopt(recorded, path):
-    """Take the network's settings from a checkpoint's record; log them."""
-    for name, value in settings.adopt(recorded).items():
-        log(f'{name} = {value!r} ({path})')
-    settings.validate()
 
 
 def _load_onnx(path):
@@ -253,11 +247,12 @@ def _load_onnx(path):
     if not net.recorded:
         raise UserError(f'{path} was not written by tools.export: it does not '
                         f'record its settings')
-    _adopt(net.recorded['settings'], path)
-    for name, value in net.recorded['settings'].items():
-        if getattr(settings, name) != value:
-            raise UserError(f'{name}={getattr(settings, name)}: {path} was '
-                            f'exported with {value}; export it anew')
+    adopt_network(net.recorded['settings'], net.recorded, path)
+    for name, value in settings.network_settings().items():
+        recorded = net.recorded['settings'].get(name, value)
+        if value != recorded:
+            raise UserError(f'{name}={value}: {path} was exported with '
+                            f'{recorded}; export it anew')
     asked = settings.given().get('INFERENCE', 'plain')
     if asked != 'plain' or settings.INFERENCE == 'bf16':
         raise UserError(f'INFERENCE={settings.INFERENCE}: {path} is run as '
@@ -288,7 +283,8 @@ def detect_settings(state):
 
 
 def main():
-    settings.override_all(sys.argv[1:])
+    parser = make_parser(__doc__, settings.describe())
+    settings.override_all(parser.parse_known_args()[1])
     settings.validate()
     s = settings
     print(f'ResNet-{s.N_LAYERS}, {s.STEM} stem, output stride {s.STRIDE}, '

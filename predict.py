@@ -2,8 +2,9 @@
 
     python predict.py FILE... [CHECKPOINT] [--to DIR] [KEY=VALUE ...]
 
-CHECKPOINT (.pth, or an exported .safetensors or .onnx) is models/final.pth if
-not named; DIR is `predictions`. FILE.jpg becomes
+CHECKPOINT (.pth, an exported .safetensors or .onnx, or a folder of final.pth
+without images) is models/final.pth if not named; DIR is `predictions`.
+FILE.jpg becomes
 
     DIR/FILE.png               a palette mask, the class of each pixel
     DIR/FILE.overlay.jpg       the classes over the image, with a legend
@@ -28,11 +29,20 @@ import eval
 import heads
 import settings
 from lib import visualize
-from lib.checkpoint import find_checkpoint, get_classes
+from lib.checkpoint import final_in, find_checkpoint, get_classes
 from lib.distributed import pick_devices_for
 from lib.images import read_any_image, save_image, save_label, writing
 from lib.video import OverlayVideo, count_frames, read_frames
-from utils import RunError, UserError, atomic_write, log, progress, run_main
+from utils import (
+    RunError,
+    UserError,
+    atomic_write,
+    log,
+    make_parser,
+    plural,
+    progress,
+    run_main,
+)
 
 IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.gif', '.ppm', '.tif', '.tiff',
           '.webp')           # what is taken of a folder, and
@@ -73,6 +83,8 @@ def output_paths(files, folder):
     for file, place in [pair for each in files
                         for pair in find_files(each, folder)]:
         name = os.path.splitext(place)[0]
+        if name in sources and is_same_file(file, sources[name]):
+            continue                            # named twice
         if name in sources:
             raise UserError(f'{sources[name]} and {file} would both be '
                             f'written as {name}; rename one')
@@ -131,11 +143,15 @@ class Predictor:
     """A network, and what to write of its predictions."""
 
     def __init__(self, path, args):
+        self.needs_maps = args.attention or args.em
+        if self.needs_maps and path.endswith('.onnx'):
+            raise UserError(f'{path}: an ONNX file does not give the bases '
+                            f'that --attention and --em draw; name the .pth '
+                            f'that it was exported from')
         self.device = pick_devices_for(path)[0]
         self.net, checkpoint = heads.load_network(path, self.device)
         self.names, self.colours = get_classes(checkpoint)
         self.prepared, self.args = eval.prepare_network(self.net), args
-        self.needs_maps = args.attention or args.em
         self.bases = parse_bases(args.bases, self.net) if (
             self.needs_maps) else []
 
@@ -196,20 +212,20 @@ class Predictor:
         pages = {'overlay': visualize.overlay(
             image, pred, self.names, self.colours, all_classes=is_frame)}
         if self.needs_maps:
-            bases, shares, maps = eval.attention_maps(
+            bases, shares, maps, n_bases = eval.attention_maps(
                 self.net, image, self.device, self.bases)
         if self.args.attention:
-            pages['attention'] = visualize.draw_attention(image, bases,
-                                                          shares, maps)
+            pages['attention'] = visualize.draw_attention(
+                image, bases, shares, maps, n_bases)
         if self.args.em:
-            pages['em'] = visualize.draw_em(image, bases, maps)
+            pages['em'] = visualize.draw_em(image, bases, maps, n_bases)
         return pages
 
 
 # ------------------------------------------------- the command
 def predict(files, weights, args):
-    """Write the results of files; raise RunError at the end that names those
-    which cannot be read."""
+    """Write the results of files. Those that cannot be read are named at the
+    end, by a RunError, or by a UserError where nothing at all was written."""
     paths, errors = output_paths(files, args.to), []
     predictor = Predictor(find_checkpoint(weights), args)
     videos = [file for file in paths if file.lower().endswith(VIDEOS)]
@@ -224,21 +240,39 @@ def predict(files, weights, args):
             predictor.predict(read_frames(source, file, paths[file], errors),
                               bar, errors, video)
             video.close()
-    log(f'{bar.n} images: masks and overlays are in {args.to}')
+    if bar.n:
+        log(f'{plural(bar.n, "image")}: masks and overlays are in {args.to}')
     if errors and len(paths) > 1:
         errors = [f'{len(errors)} of {len(paths)} files could not be '
                   f'segmented to their end:', *errors]
     if errors:
-        raise RunError('\n  '.join(errors))
+        raise (RunError if bar.n else UserError)('\n  '.join(errors))
+
+
+def is_run(folder):
+    """Tell whether a folder has a final.pth, itself or in its models/, and no
+    image or video in it."""
+    return os.path.isdir(folder) and final_in(folder) and not any(
+        name.lower().endswith(IMAGES + VIDEOS) for name in os.listdir(folder))
 
 
 def split_files(files):
     """Return (images, checkpoint or None) of the files that were named."""
-    weights = [file for file in files if file.endswith(WEIGHTS)]
+    weights = [file for file in files
+               if file.endswith(WEIGHTS) or is_run(file)]
     if len(weights) > 1:
         raise UserError(f'{", ".join(weights)}: name one checkpoint at most')
     return ([file for file in files if file not in weights],
             weights[0] if weights else None)
+
+
+def check_folder(folder, word):
+    """Raise UserError where a file stands in the way of a folder to be made.
+    word: the option or file that asks for the folder."""
+    while folder and not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    if folder and not os.path.isdir(folder):
+        raise UserError(f'{word}: {folder} is a file; name another folder')
 
 
 def parse(words):
@@ -246,12 +280,8 @@ def parse(words):
     if any(word.partition('=')[0] == '--export' for word in words):
         raise UserError('--export is a command of its own: '
                         'python -m tools.export FILE.onnx')
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.
-        RawDescriptionHelpFormatter, usage='predict.py FILE... '
-        '[CHECKPOINT] [--to DIR] [KEY=VALUE ...]',
-        epilog=settings.describe())
-    parser.add_argument('files', nargs='+', help=argparse.SUPPRESS)
+    parser = make_parser(__doc__, settings.describe())
+    parser.add_argument('files', nargs='*', help=argparse.SUPPRESS)
     parser.add_argument('--to', metavar='DIR', default='predictions')
     for name in ('probabilities', 'attention', 'em'):
         parser.add_argument(f'--{name}', action='store_true')
@@ -260,7 +290,10 @@ def parse(words):
     args = parser.parse_intermixed_args(words)
     files, weights = split_files(args.files)
     if not files:
-        raise UserError(f'{weights}: name images to segment as well')
+        raise UserError(f'{weights}: name images to segment as well'
+                        if weights else 'name images, folders or videos to '
+                        'segment, such as: python predict.py photo.jpg')
+    check_folder(args.to, f'--to {args.to}')
     if args.bases and not (args.attention or args.em):
         raise UserError(f'--bases {args.bases}: of what? Add --attention or '
                         f'--em')

@@ -198,9 +198,8 @@ def check_run(processes):
                         f'micro-batches each; change one of them (DEVICES)')
     with torch.device('meta'):
         net = heads.build_network()
-    if s.INIT_FROM and not os.path.isfile(s.INIT_FROM):
-        raise UserError(f'INIT_FROM={s.INIT_FROM} is not there; name a '
-                        f'checkpoint, such as models/final.pth of another run')
+    if s.INIT_FROM:
+        checkpoint.find_checkpoint(s.INIT_FROM)
     if s.COMPILE and not any(map(shutil.which, [
             os.environ.get('CXX', 'c++'), 'g++', 'clang++'])):
         raise UserError('COMPILE=True: torch.compile needs a C++ compiler, '

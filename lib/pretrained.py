@@ -5,6 +5,7 @@ import os
 import settings
 from lib.checkpoint import (
     check_keys,
+    find_checkpoint,
     load,
     load_matching,
     missing_keys,
@@ -58,7 +59,7 @@ def load_initial_weights(net):
     if not settings.INIT_FROM:
         load_pretrained(net)
         return
-    path = settings.INIT_FROM
+    path = find_checkpoint(settings.INIT_FROM)
     left_out, random = load_matching(
         net, read_checkpoint(path)['net'], path)
     for text, keys in (('not taken from it', left_out),
@@ -94,10 +95,9 @@ def find_weights():
                             f'name a file, or set PRETRAINED= for none')
     if os.path.isfile(name):
         return name
+    name = name.removesuffix('.pth')
     if name not in KNOWN:
-        near = difflib.get_close_matches(name, KNOWN, 1, 0.0)[0]
-        raise UserError(f'PRETRAINED={name} is neither a file nor a known '
-                        f'name; the nearest known is {near}')
+        return _find_own(name)
     folder, digest = KNOWN[name]
     path = os.path.join(WEIGHTS_DIR, f'{name}.pth')
     if os.path.exists(path):
@@ -105,6 +105,20 @@ def find_weights():
     else:
         download(f'{folder}{name}.pth', path, digest)
     return path
+
+
+def _find_own(name):
+    """Return the path of WEIGHTS_DIR's file that PRETRAINED names; raise
+    UserError, with the nearest known name, where there is none."""
+    given = settings.PRETRAINED
+    path = os.path.join(WEIGHTS_DIR, given)
+    if os.path.isfile(path):
+        return path
+    near = difflib.get_close_matches(name, KNOWN, 1)
+    raise UserError(f'PRETRAINED={given} is neither a file, here or in '
+                    f'{WEIGHTS_DIR}, nor a known name; ' + (
+                        f'the nearest known is {near[0]}' if near else
+                        'docs/data.md lists these'))
 
 
 def load_backbone(resnet, state, name, is_partial=False):

@@ -7,7 +7,6 @@ set -eu
 cd "$(dirname "$0")/.."
 . ./setup.sh
 
-set -- DATA_ROOT=data/cityscapes TRAIN_SPLIT=train N_CLASSES=19 \
+python train.py DATA_ROOT=data/cityscapes TRAIN_SPLIT=train N_CLASSES=19 \
     CROP_SIZE=769 LOSS=ohem "$@"
-python train.py "$@"
 python eval.py "$@"

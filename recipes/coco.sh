@@ -7,6 +7,5 @@ set -eu
 cd "$(dirname "$0")/.."
 . ./setup.sh
 
-set -- DATA_ROOT=data/coco TRAIN_SPLIT=train "$@"
-python train.py "$@"
+python train.py DATA_ROOT=data/coco TRAIN_SPLIT=train "$@"
 python eval.py "$@"

@@ -6,7 +6,6 @@ set -eu
 cd "$(dirname "$0")/.."
 . ./setup.sh
 
-set -- DATA_ROOT=data/cocostuff TRAIN_SPLIT=train VAL_SPLIT=test \
+python train.py DATA_ROOT=data/cocostuff TRAIN_SPLIT=train VAL_SPLIT=test \
     N_CLASSES=171 "$@"
-python train.py "$@"
 python eval.py "$@"

@@ -7,6 +7,5 @@ set -eu
 cd "$(dirname "$0")/.."
 . ./setup.sh
 
-set -- DATA_ROOT=data/context TRAIN_SPLIT=train N_CLASSES=60 "$@"
-python train.py "$@"
+python train.py DATA_ROOT=data/context TRAIN_SPLIT=train N_CLASSES=60 "$@"
 python eval.py "$@"

@@ -19,15 +19,17 @@ import network
 import predict
 import settings
 from conftest import refused
-from lib.checkpoint import find_checkpoint
-from lib.images import read_image
+from lib.checkpoint import find_checkpoint, load
+from lib.images import read_classes, read_image
+from lib.recorded import adopt_data, report_folder
 from training import save_network
 from utils import UserError
 
 
 def run_eval(monkeypatch, *arguments):
     """Run eval.py's main in this process and folder; return eval.json."""
-    monkeypatch.setattr(sys, 'argv', ['eval.py', *map(str, arguments)])
+    monkeypatch.setattr(sys, 'argv', ['eval.py', *map(str, arguments),
+                                      'LOG_DIR=logdir'])
     eval.main()
     with open('logdir/eval.json') as file:
         return json.load(file)
@@ -124,7 +126,12 @@ def test_the_result_on_file(small, monkeypatch, capsys):
     assert set(result) == {'mIoU', 'pAcc', 'mAcc', 'fIoU', 'classes',
                            'confusion', 'scored'}
     assert result['scored']['images'] == 5
-    assert 'EM_BASES = 8 (net.pth)' in capsys.readouterr().out
+    assert result['scored']['unit'] == '0..1'
+    lines = capsys.readouterr().out.splitlines()
+    assert 'EM_BASES = 8 (net.pth)' in lines
+    table = lines[lines.index('class                 IoU %'):]
+    assert table[2].split() == ['disc', f'{100 * iou[0]:.2f}']
+    assert table[7].startswith(f'mIoU {100 * result["mIoU"]:.2f} %  mAcc ')
 
 
 # ------------------------------------------------- checkpoints
@@ -180,13 +187,159 @@ def test_what_is_no_checkpoint_is_refused(small, state, told):
         heads.load_network('b.pth', 'cpu')
 
 
-def test_a_missing_checkpoint_is_an_error_that_lists_what_there_is(small):
-    os.makedirs('models')
-    open('models/latest.pth', 'w').close()
-    with pytest.raises(UserError, match='latest.pth'):
+def test_a_folder_with_final_pth_is_a_checkpoint(small):
+    os.makedirs('run/models')
+    for path in ('final.pth', 'run/models/final.pth'):
+        open(path, 'w').close()
+    assert find_checkpoint('.') == 'final.pth'
+    for folder in ('run', 'run/', './run/models'):
+        assert find_checkpoint(folder) == 'run/models/final.pth'
+
+
+def test_a_missing_checkpoint_names_the_newest_there_are(small):
+    with pytest.raises(UserError, match='^models/final.pth is not there, nor '
+                                        'any other'):
         find_checkpoint(None)
+    os.makedirs('run/models')
+    for i in range(9):
+        open(f'run/models/{i}.pth', 'w').close()
+        os.utime(f'run/models/{i}.pth', (i, i))
+    for chosen, told in (('run', 'run/final.pth'),
+                         ('run/models/a.pth', 'run/models/a.pth')):
+        with pytest.raises(UserError, match=(
+                f'^{told} is not there; .*: run/models/8.pth, '
+                f'run/models/7.pth, run/models/6.pth$')):
+            find_checkpoint(chosen)
 
 
+# ------------------------------------------------- what a checkpoint brings
+@pytest.fixture
+def other(small):
+    """models/final.pth of the toy set; settings.py is of another one."""
+    os.mkdir('models')
+    names, colours = read_classes(settings.DATA_ROOT, 6)
+    save_network('models/final.pth', settings={
+        **settings.as_dict(), 'EVAL_CLASSES': (1, 2), 'VAL_SPLIT': 'train'},
+        classes=names, colours=colours)
+    vars(settings).update(N_CLASSES=30, EVAL_CLASSES=(29,), DATA_ROOT='gone',
+                          N_LAYERS=101, VAL_SPLIT='val')
+
+
+def test_a_checkpoint_brings_its_data(other, toy, monkeypatch, capsys):
+    settings.IGNORE_LABEL = 0
+    result = run_eval(monkeypatch, 'models')
+    assert result['scored'].items() >= {
+        'data': toy, 'split': 'train', 'images': 12, 'mean_over': [1, 2],
+        'checkpoint': 'models/final.pth'}.items()
+    printed = capsys.readouterr().out
+    for line in (f'DATA_ROOT = {toy!r}', "VAL_SPLIT = 'train'",
+                 'EVAL_CLASSES = (1, 2)', 'IGNORE_LABEL = 255'):
+        assert f'{line} (models/final.pth)\n' in printed
+
+
+def test_the_command_line_names_other_data(other, toy, monkeypatch, tmp_path):
+    """The split then is of settings.py; that of the same folder is not."""
+    root = first_images(toy, tmp_path / 'part', 2)
+    result = run_eval(monkeypatch, f'DATA_ROOT={root}', 'EVAL_CLASSES=3')
+    assert result['scored'].items() >= {
+        'data': root, 'split': 'val', 'images': 2, 'mean_over': [3]}.items()
+    (tmp_path / 'link').symlink_to(toy)
+    settings.override(['DATA_ROOT=link'])
+    adopt_data(load('models/final.pth'), 'models/final.pth')
+    assert settings.VAL_SPLIT == 'train' and settings.DATA_ROOT == 'link'
+
+
+def test_recorded_data_that_is_not_here(other, toy, monkeypatch, capsys):
+    checkpoint = load('models/final.pth')
+    checkpoint['settings']['DATA_ROOT'] = '/nowhere'
+    torch.save(checkpoint, 'models/final.pth')
+    settings.DATA_ROOT = toy
+    result = run_eval(monkeypatch)
+    assert result['scored']['data'] == toy
+    assert result['scored']['split'] == 'val'
+    assert ('models/final.pth was trained on /nowhere, which is not here: '
+            f'DATA_ROOT = {toy!r} (settings.py)\n') in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('words, told', (
+    (['DATA_ROOT=seven'], 'models/final.pth was trained on 6 classes '
+     '(background, disc, square, ...); seven has 7: name the data set'),
+    (['N_CLASSES=21'], 'N_CLASSES=21: models/final.pth was trained on 6 '
+     'classes (background, disc, square, ...), '),
+    (['VAL_SPLIT='], 'such as VAL_SPLIT=val'),
+    (['LOG_DIR=seven/classes.txt'], 'nothing can be written there')))
+def test_what_cannot_be_scored_leaves_nothing(other, toy, monkeypatch, capsys,
+                                              tmp_path, words, told):
+    """And nothing is predicted."""
+    monkeypatch.setattr(eval, 'evaluate', None)
+    first_images(toy, tmp_path / 'seven', 2)
+    with open(os.path.join(toy, 'classes.txt')) as file:
+        (tmp_path / 'seven' / 'classes.txt').write_text(
+            file.read() + 'more 1 2 3\n')
+    status, line = refused(eval.main, *words, monkeypatch=monkeypatch,
+                           capsys=capsys)
+    assert status == 1 + ('LOG_DIR' not in words[0]) and told in line
+    assert 'set N_CLASSES' not in line
+    assert sorted(os.listdir()) == ['models', 'seven']
+
+
+def test_other_class_names_are_warned_of(other, toy, monkeypatch, capsys,
+                                         tmp_path):
+    root = first_images(toy, tmp_path / 'part', 2)
+    with open(os.path.join(toy, 'classes.txt')) as file:
+        (tmp_path / 'part' / 'classes.txt').write_text(
+            file.read().replace('disc', 'dish'))
+    run_eval(monkeypatch, f'DATA_ROOT={root}', 'EVAL_CLASSES=()')
+    assert (f'warning: models/final.pth has other class names than {root}: '
+            'disc is dish\n') in capsys.readouterr().out
+
+
+def test_a_published_checkpoint_needs_no_data_to_predict(small, toy,
+                                                         monkeypatch, capsys):
+    """Classes of another number than the network's do not name its own."""
+    settings.N_CLASSES = 5
+    save_network()
+    settings.N_CLASSES = 21
+    image = os.path.join(toy, 'JPEGImages', 'toy_0000.jpg')
+    monkeypatch.setattr(sys, 'argv', ['predict.py', image, 'a.pth'])
+    predict.main()
+    assert 'the 5 classes of this network; they are numbered' in (
+        capsys.readouterr().out)
+    status, line = refused(eval.main, 'a.pth', monkeypatch=monkeypatch,
+                           capsys=capsys)
+    assert status == 2 and f'a.pth was trained on 5 classes; {toy} has 6' in (
+        line)
+
+
+# ------------------------------------------------- where results go
+def test_results_of_another_run_replace_none(small, monkeypatch, capsys):
+    """Each case: where the checkpoint is, what it recorded, words; where the
+    report is."""
+    vars(settings).update(MODEL_DIR='models', LOG_DIR='logdir')
+    run = {'MODEL_DIR': 'x/models', 'LOG_DIR': 'x/log'}
+    os.makedirs('x/log')
+    for path, recorded, folder in (
+            ('models/best.pth', {}, 'logdir'),
+            ('x/models/final.pth', run, 'x/log'),
+            ('x/models/final.pth', {**run, 'LOG_DIR': 'y'},
+             'logdir/eval/x-models-final'),
+            ('models/final.pth', {**run, 'LOG_DIR': 'y'}, 'logdir'),
+            ('../t1/models/final.pth', {'MODEL_DIR': 'models', 'LOG_DIR': '.'},
+             'logdir/eval/t1-models-final'),
+            ('net.onnx', {}, 'logdir/eval/net.onnx')):
+        assert report_folder({'settings': recorded}, path) == folder
+    assert report_folder({}, 'a.pth') == 'logdir/eval/a'
+    save_network('a.pth')
+    monkeypatch.setattr(sys, 'argv', ['eval.py', 'a.pth'])
+    eval.main()
+    assert os.listdir('logdir') == ['eval']
+    assert os.path.isfile('logdir/eval/a/eval.json')
+    assert 'are in logdir/eval/a, ' in capsys.readouterr().out
+    settings.override(['LOG_DIR=mine'])
+    assert report_folder({'settings': run}, 'x/models/final.pth') == 'mine'
+
+
+# ------------------------------------------------- moved options
 @pytest.mark.parametrize('words, command', (
     (['--submit'], 'python -m tools.submit'),
     (['a.pth', '--submit', 'VAL_SPLIT=test'], 'python -m tools.submit'),

@@ -24,8 +24,9 @@ import eval
 import heads
 import predict
 import settings
+import utils
 from conftest import REPO, SMALL, refused, run, run_tool, words
-from lib.checkpoint import load
+from lib.checkpoint import DATA_SETTINGS, load
 from lib.images import read_label
 from test_predict import (
     generate_image,
@@ -62,7 +63,7 @@ def exported(tmp_path_factory, toy):
 def train_and_export(folder, toy):
     """Train, and export as a user does. Balanced, so that even 20 steps from
     random weights predict several classes."""
-    shared = os.path.join(os.path.dirname(REPO), 'shared')
+    shared = os.path.join(os.path.dirname(utils.ROOT), 'shared')
     given = {**SMALL, 'DATA_ROOT': toy, 'LR': 0.01, 'BATCH_SIZE': 4,
              'ITER_MAX': 20, 'VAL_SPLIT': '', 'MODEL_DIR': '.',
              'BALANCE_CLASSES': True}
@@ -121,7 +122,7 @@ def test_an_exported_network_is_scored_and_predicts(exported, tmp_path,
     for file in ('final.pth', 'net.onnx'):
         for main, *arguments in (
                 (eval.main, 'DATA_ROOT=part', 'NUM_WORKERS=0',
-                 'EVAL_FLIP=True', 'VAL_SPLIT=val'),
+                 'EVAL_FLIP=True', 'VAL_SPLIT=val', 'LOG_DIR=logdir'),
                 (predict.main, root / 'JPEGImages' / f'{ids[0]}.jpg', '--to',
                  file)):
             vars(settings).update(before)
@@ -204,10 +205,10 @@ def test_an_export_that_disagrees_is_not_written(net, monkeypatch, capsys):
     monkeypatch.setattr(torch.onnx, 'export', lambda *_, **__: Program())
     monkeypatch.setattr(export, 'OnnxNetwork', lambda path: lambda x:
                         torch.randn(len(x), 6, *x.shape[2:]))
-    status, line = refused(export.main, 'net.onnx', 'a.pth', capsys=capsys,
-                           monkeypatch=monkeypatch)
+    status, line = refused(export.main, 'new/net.onnx', 'a.pth',
+                           capsys=capsys, monkeypatch=monkeypatch)
     assert status == 1 and 'net.onnx is not written' in line
-    assert not [name for name in os.listdir() if name.startswith('net.onnx')]
+    assert os.listdir() == ['a.pth']
 
 
 # ------------------------------------------------- safetensors
@@ -225,6 +226,8 @@ def test_the_lines_of_the_docs_for_network_py(net, tmp_path):
     assert (np.load('pred.npy') == want).mean() >= 0.999
     loaded, checkpoint = heads.load_network('net.safetensors', 'cpu')
     assert checkpoint['classes'] == load('a.pth')['classes']
+    for name in DATA_SETTINGS:
+        assert checkpoint['settings'][name] == getattr(settings, name)
     for key, value in net.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], value), key
 
@@ -249,7 +252,9 @@ def test_weights_of_others_load_as_a_published_checkpoint(small):
     ('net.onnx a.pth INFERENCE=bf16', 2, 'INFERENCE=plain'),
     ('net.onnx a.pth INFERENCE=folded', 2, 'INFERENCE=plain'),
     ('net.safetensors a.pth p.png', 2, 'nothing is checked'),
-    ('wrong.onnx/net.safetensors a.pth', 1, 'cannot be written')))
+    ('wrong.onnx/net.safetensors a.pth', 2, 'wrong.onnx is a file'),
+    ('new/net.onnx a.pth p.onnx.png', 2, 'p.onnx.png cannot be read'),
+    ('/proc/net.safetensors a.pth', 1, 'cannot be written')))
 def test_bad_input_ends_in_a_line(net, arguments, status, line, monkeypatch,
                                   capsys):
     write_image('p.png')
@@ -258,4 +263,5 @@ def test_bad_input_ends_in_a_line(net, arguments, status, line, monkeypatch,
     found = refused(export.main, *arguments.split(), capsys=capsys,
                     monkeypatch=monkeypatch)
     assert found[0] == status and line in found[1]
-    assert not [name for name in os.listdir() if name.startswith('net.')]
+    assert not [name for name in os.listdir()
+                if name.startswith(('net.', 'new'))]

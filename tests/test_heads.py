@@ -192,8 +192,8 @@ def test_masks_are_sized_by_the_recorded_crop(small, monkeypatch):
     assert all(torch.equal(net[key], whole[key]) for key in whole)
     assert net['fc.0.collect.mask.1.weight'].shape[0] == 9      # (2 * 2 - 1)^2
 
-    vars(settings).update(HEAD='ema', CROP_SIZE=513, VAL_SPLIT='val')
-    monkeypatch.setattr(sys, 'argv', ['eval.py'])
+    vars(settings).update(HEAD='ema', CROP_SIZE=513)
+    monkeypatch.setattr(sys, 'argv', ['eval.py', 'VAL_SPLIT=val'])
     eval.main()
     with open('logdir/eval.json') as file:
         assert 0 < json.load(file)['mIoU'] < 1

@@ -4,6 +4,7 @@ maps against a plain loop; what is refused.
     python -m pytest tests/test_predict.py
 """
 import os
+import shutil
 import sys
 
 import cv2
@@ -167,12 +168,10 @@ def test_probabilities(net, command, window):
 
 
 def test_what_cannot_be_written_is_named(net, command):
-    """A file where a folder should be; a full disk."""
+    """No folder can be made there; a full disk."""
     write_image('p.png')
-    with open('file', 'w'):
-        pass
-    status, text = command('p.png', 'a.pth', '--to', 'file')
-    assert status == 1 and 'script.py: file/p.png cannot be written' in text
+    status, text = command('p.png', 'a.pth', '--to', '/proc/no')
+    assert status == 1 and '/proc/no/p.png cannot be written' in text
     os.mkdir('predictions')
     os.symlink('/dev/full', 'predictions/p.prob.npy.tmp')
     status, text = command('p.png', 'a.pth', '--probabilities')
@@ -282,18 +281,39 @@ def test_attention_and_em_pages(net, command):
     write_image('p.png', (40, 80))
     assert command('p.png', 'a.pth', '--attention', '--em', '--bases', '5,2',
                    'STAGE_NUM_EVAL=5')[0] == 0
-    panel, line, gap = (visualize.PANEL, visualize.PANEL // 2), 22, 6
-    with Image.open('predictions/p.em.jpg') as page:
-        assert page.size == (gap + 6 * (panel[0] + gap),
-                             gap + 2 * (panel[1] + line))
-    with Image.open('predictions/p.attention.jpg') as page:
-        assert page.size == (gap + 3 * (panel[0] + gap),
-                             gap + panel[1] + line)
+    panel, gap = (visualize.PANEL, visualize.PANEL // 2), visualize.GAP
+    for name, columns, rows in (('em', 6, 2), ('attention', 3, 1)):
+        with Image.open(f'predictions/p.{name}.jpg') as page:
+            assert page.width == gap + columns * (panel[0] + gap)
+            assert rows * panel[1] < page.height < (rows + 2) * panel[1]
+
+
+def test_a_folder_of_a_run_is_a_checkpoint(net, command):
+    """Its models/ will do; with images in it, it is a folder of images. What
+    is named twice is taken once."""
+    os.makedirs('run/models')
+    os.replace('a.pth', 'run/models/final.pth')
+    for path in ('set/p.png', 'other/p.png'):
+        write_image(path)
+    for folder in ('run', 'run/models/'):
+        assert command('set', 'set/p.png', 'set', folder)[0] == 0
+    shutil.copy('run/models/final.pth', 'other')
+    status, text = command('set', 'other', 'run')
+    assert status == 2 and 'set/p.png and other/p.png would both' in text
 
 
 # ------------------------------------------------- bad input
 @pytest.mark.parametrize('arguments, line', (
+    ('', 'name images, folders or videos to segment'),
     ('empty', 'empty: no image'),
+    ('text.jpg a.pth', 'text.jpg cannot be read as an image (no known '
+     'format)'),
+    ('text.jpg text.jpg a.pth', 'text.jpg cannot be read as an image'),
+    ('none/*.png a.pth', 'none/*.png is not there'),
+    ('p.png --to text.jpg', '--to text.jpg: text.jpg is a file'),
+    ('p.png --to text.jpg/a/b', '--to text.jpg/a/b: text.jpg is a file'),
+    ('p.png gone.onnx --em', 'gone.onnx is not there'),
+    ('p.png wrong.onnx --em', 'wrong.onnx: an ONNX file does not give the'),
     ('gone.png', 'gone.png is not there'),
     ('p.png p.jpg', 'p.png and p.jpg would both be written as p'),
     ('p.png --to .', 'p.png would be written over by its mask'),
@@ -313,7 +333,7 @@ def test_bad_input_ends_in_a_line(net, arguments, line, monkeypatch, capsys):
     for path in ('p.png', 'p.jpg'):
         write_image(path)
     os.mkdir('empty')
-    for name in ('wrong.onnx', 'wrong.safetensors'):
+    for name in ('wrong.onnx', 'wrong.safetensors', 'text.jpg'):
         with open(name, 'wb') as file:
             file.write(b'wrong' * 99)
     torch.save({'net': heads.Segmenter(
@@ -323,4 +343,4 @@ def test_bad_input_ends_in_a_line(net, arguments, line, monkeypatch, capsys):
     status, text = refused(predict.main, *arguments.split(), capsys=capsys,
                            monkeypatch=monkeypatch)
     assert status == 2 and line in text
-    assert not os.path.exists('predictions/p.png')
+    assert not os.path.exists('predictions')

@@ -166,7 +166,7 @@ def test_three_processes_count_every_image_once(small, toy, launcher,
     done = subprocess.run(
         [sys.executable, *launcher, os.path.join(REPO, 'eval.py'), 'a.pth',
          f'DATA_ROOT={toy}', 'STRIDE=16', 'NUM_WORKERS=0',
-         'INFERENCE=plain', *changes], text=True, capture_output=True)
+         'INFERENCE=plain', 'LOG_DIR=logdir', *changes], text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     with open('logdir/eval.json') as file:
         np.testing.assert_array_equal(json.load(file)['confusion'], want)

@@ -22,7 +22,7 @@ import prepare
 import settings
 import train
 from conftest import REPO, SMALL, refused, words
-from lib import checkpoint, images
+from lib import checkpoint, images, pretrained
 from lib.pretrained import load_initial_weights
 from test_scripts import PAGES, copy_project, read_blocks, sh
 from utils import UserError
@@ -35,17 +35,11 @@ SMOKE = {name: value for name, value in {**SMALL, 'ITER_MAX': 2}.items()
 
 
 def read_commands(text):
-    """Return the Python commands of a shell script, each split into words;
-    "$@" is what `set -- WORDS "$@"` has made of it."""
-    commands, given = [], ['$@']
-    for line in text.replace('\\\n', ' ').splitlines():
-        words = shlex.split(line, comments=True)
-        if words[:2] == ['set', '--']:
-            given = words[2:]
-        elif words[:1] == ['python']:
-            commands.append([part for word in words for part in (
-                given if word == '$@' else [word])])
-    return commands
+    """Return the Python commands of a shell script, each split into words.
+    """
+    lines = [shlex.split(line, comments=True)
+             for line in text.replace('\\\n', ' ').splitlines()]
+    return [words for words in lines if words[:1] == ['python']]
 
 
 # ------------------------------------------------- losses
@@ -139,15 +133,15 @@ def test_class_weights_are_taken_as_given(small, word, weights):
 @pytest.mark.parametrize('word, message', (
     ('CLASS_WEIGHTS=1,2', 'or 6 numbers that are not all 0'),
     ('CLASS_WEIGHTS=1,2,3,4,5,-6', 'CLASS_WEIGHTS=(1.0, 2.0, 3.0, 4.0, 5.0, '
-     '-6.0): it can be at least 0'),
+     '-6.0): it can be 0 to 1,000,000'),
     ('CLASS_WEIGHTS=0,0,0,0,0,0', 'or 6 numbers that are not all 0'),
     ('CLASS_WEIGHTS=some', 'CLASS_WEIGHTS=some'),
     ('CLASS_WEIGHTS=auto', 'BALANCE_CLASSES=True'),
     ('LOSS=dice', "LOSS=dice: it can be 'cross_entropy', 'ohem'"),
-    ('OHEM_MIN_KEPT=0', 'OHEM_MIN_KEPT=0.0: it can be above 0'),
+    ('OHEM_MIN_KEPT=0', 'OHEM_MIN_KEPT=0.0: it can be 0.0001 to 1'),
     ('OHEM_LEAST=0.1', 'OHEM_LEAST is now OHEM_MIN_KEPT'),
     ('OHEM_THRESHOLD=1.5', 'OHEM_THRESHOLD=1.5'),
-    ('INIT_FROM=gone.pth', 'INIT_FROM=gone.pth is not there'),
+    ('INIT_FROM=gone.pth', 'gone.pth is not there'),
     ('VAL_SPLIT=train', '12 images of train are in train too, such as toy_')))
 def test_wrong_settings_are_refused(small, word, message, monkeypatch,
                                     capsys):
@@ -213,6 +207,34 @@ def test_init_from_another_backbone_is_refused(small):
         load_initial_weights(heads.build_network())
 
 
+def test_init_from_a_folder(small, capsys):
+    os.makedirs('run/models')
+    save_network('run/models/final.pth')
+    settings.INIT_FROM = 'run'
+    load_initial_weights(heads.build_network())
+    assert capsys.readouterr().out == 'weights: run/models/final.pth\n'
+
+
+def test_backbone_weights_are_looked_for_in_models(small, monkeypatch):
+    """A known name may end in .pth too; a nearest name is one that is near.
+    """
+    os.mkdir('models')
+    open('models/mine.pth', 'w').close()
+    asked = []
+    monkeypatch.setattr(pretrained, 'download', lambda *a: asked.append(a[1]))
+    for name, path in (('mine.pth', 'models/mine.pth'),
+                       ('resnet18-f37072fd.pth',
+                        'models/resnet18-f37072fd.pth')):
+        settings.PRETRAINED = name
+        assert pretrained.find_weights() == path
+    assert asked == ['models/resnet18-f37072fd.pth']
+    for name, told in (('resnet18.pth', 'the nearest known is resnet18-'),
+                       ('nowhere.pth', 'models, nor a known name; docs/')):
+        settings.PRETRAINED = name
+        with pytest.raises(UserError, match=f'^PRETRAINED={name} .*{told}'):
+            pretrained.find_weights()
+
+
 # ------------------------------------------------- recipes
 @pytest.fixture
 def project(toy, tmp_path):
@@ -262,8 +284,8 @@ def test_recipes_train_and_evaluate(name, project):
         train_command, eval_command = read_commands(file.read())
     done = sh('/', project / 'recipes' / f'{name}.sh', *words(SMOKE))
     assert done.returncode == 0, done.stderr[-2000:]
-    assert 'done: models/final.pth, step 2' in done.stdout
-    assert eval_command == ['python', 'eval.py', *train_command[2:]]
+    assert 'done: step 2, models/final.pth' in done.stdout
+    assert eval_command == ['python', 'eval.py', '$@']
     assert re.search(r'5 images of (val|test), step 2', done.stdout)
     with open(project / 'logdir' / 'eval.json') as file:
         assert json.load(file)['scored']['data'] == f'data/{name}'
@@ -275,9 +297,10 @@ def test_recipes_train_and_evaluate(name, project):
 
 def test_voc_test_trains_three_stages_and_submits(project):
     """COCO, trainaug, trainval: each starts from the last one's weights."""
-    done = sh('/', project / 'recipes' / 'voc_test.sh', *words(SMOKE))
+    done = sh('/', project / 'recipes' / 'voc_test.sh', *words(
+        {**SMOKE, 'EVAL_SCALES': 0.5}))
     assert done.returncode == 0, done.stderr[-2000:]
-    stages = re.split(r'^done: models/.*', done.stdout, flags=re.M)
+    stages = re.split(r'^done: step 2, models/.*', done.stdout, flags=re.M)
     assert len(stages) == 4             # the submission is the last
     assert 'weights: ' not in stages[0]
     for stage, source in ((1, 'coco'), (2, 'trainaug')):

@@ -165,7 +165,7 @@ def test_the_memory_of_a_step_is_what_the_backward_pass_keeps(small):
     ('BATCH_SIZE=13', 'but train has 12 images; make'),
     ('VAL_SPLIT=train', '12 images of train are in train'),
     ('LOG_DIR=/proc/x', 'LOG_DIR=/proc/x: nothing can be'),
-    ('INIT_FROM=x.pth', 'INIT_FROM=x.pth is not there')))
+    ('INIT_FROM=x.pth', 'x.pth is not there')))
 def test_what_costs_nothing_is_checked_before_labels(small, monkeypatch,
                                                      capsys, word, part):
     """And makes no folders."""

@@ -153,7 +153,7 @@ def test_an_archive_stays_where_a_new_one_would_not_be_whole(
 
 @pytest.mark.parametrize('words, message', (
     (['gone.pth'], 'gone.pth is not there'), ([], 'final.pth is not there'),
-    (['LP=1'], 'the nearest is LR')))
+    (['N_CLASS=1'], 'the nearest is N_CLASSES')))
 def test_bad_words_are_refused(small, monkeypatch, capsys, words, message):
     status, line = refused(submit.main, *words, monkeypatch=monkeypatch,
                            capsys=capsys)

@@ -5,11 +5,15 @@
 
 CHECKPOINT is models/final.pth if not named. The ONNX file is checked against
 PyTorch on the images, at the first of EVAL_SCALES, or on two generated ones.
-Class names, colours, mean, std, the network's settings, step and commit travel
-in the file's metadata, as JSON. Shapes: b images, n classes, H x W pixels.
+Class names, colours, mean, std, the settings of the network and its data, step
+and commit travel in the file's metadata, as JSON.
+
+Shapes: b images, n classes, H x W pixels.
 """
 import argparse
+import os
 import sys
+import tempfile
 
 import cv2
 import numpy as np
@@ -22,7 +26,7 @@ import settings
 import utils
 from lib.checkpoint import OnnxNetwork, encode_metadata, find_checkpoint
 from lib.images import read_any_image, writing
-from predict import split_files
+from predict import check_folder, split_files
 from utils import RunError, UserError, log
 
 FORMATS = ('.onnx', '.safetensors')
@@ -44,12 +48,9 @@ class PaddedNetwork(torch.nn.Module):
 
 def write_safetensors(net, metadata, path):
     """Write a network's weights with texts {name: JSON}."""
-    data = utils.import_optional('safetensors.torch').save(
+    write_bytes(utils.import_optional('safetensors.torch').save(
         {key: value.contiguous() for key, value in net.state_dict().items()},
-        metadata)
-    with (writing(path), utils.atomic_write(path) as part,
-          open(part, 'wb') as file):
-        file.write(data)
+        metadata), path)
     log(f'{path}: the weights, and {", ".join(metadata)}')
 
 
@@ -69,15 +70,26 @@ def write_onnx(net, metadata, path, images):
         verbose=False, input_names=['image'], output_names=['logits'],
         dynamic_shapes={'image': {0: 'batch', 2: 'height', 3: 'width'}})
     program.model.metadata_props.update(metadata)
-    with writing(path), utils.atomic_write(path) as part:
-        program.save(part, external_data=False)
+    with tempfile.TemporaryDirectory() as folder:
+        part = os.path.join(folder, 'net.onnx')
+        with writing(part):
+            program.save(part, external_data=False)
         share, difference = compare(net, OnnxNetwork(part), images)
         if share < MIN_AGREEMENT:
             raise RunError(f'{path} is not written: onnxruntime agrees with '
                            f'PyTorch on only {share:.2%} of the pixels')
+        with open(part, 'rb') as file:
+            write_bytes(file.read(), path)
     log(f'{path}: onnxruntime gives {share:.3%} of the pixels of '
-        f'{len(images)} images the class that PyTorch gives them; logits '
-        f'differ by at most {difference:.1g}')
+        f'{utils.plural(len(images), "image")} the class that PyTorch gives '
+        f'them; logits differ by at most {difference:.1g}')
+
+
+def write_bytes(data, path):
+    """Write a file, whole or not at all, and the folder that it is in."""
+    with (writing(path), utils.atomic_write(path) as part,
+          open(part, 'wb') as file):
+        file.write(data)
 
 
 def compare(net, other, images):
@@ -124,6 +136,9 @@ def check_arguments(path, weights, files):
     if path.endswith('.safetensors') and files:
         raise UserError(f'{files[0]}: weights alone are exported, and '
                         f'nothing is checked on images')
+    if os.path.isdir(path):
+        raise UserError(f'{path} is a folder; name a file in it')
+    check_folder(os.path.dirname(path), path)
     inference = settings.given().get('INFERENCE', 'plain')
     if inference != 'plain':        # the default, 'folded', is for eval.py
         raise UserError(f'INFERENCE={inference}: the network is exported as '
@@ -131,11 +146,7 @@ def check_arguments(path, weights, files):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        prog='python -m tools.export', description=__doc__,
-        usage='%(prog)s FILE.onnx|FILE.safetensors [IMAGE...] [CHECKPOINT] '
-        '[KEY=VALUE ...]', formatter_class=argparse.
-        RawDescriptionHelpFormatter)
+    parser = utils.make_parser(__doc__, settings.describe())
     parser.add_argument('path', help=argparse.SUPPRESS)
     parser.add_argument('files', nargs='*', help=argparse.SUPPRESS)
     args = parser.parse_args(settings.override(sys.argv[1:]))

@@ -22,6 +22,7 @@ from dataset import Segmentation
 from lib import distributed
 from lib.checkpoint import find_checkpoint
 from lib.images import UNREADABLE, save_label, voc_palette
+from lib.recorded import adopt_data
 
 FOLDER = 'results/VOC2012/Segmentation/comp6_test_cls'
 ARCHIVE = 'results.tgz'
@@ -39,8 +40,8 @@ def submit(net):
     distributed.gather(None)            # until all processes are here
     if utils.rank() == 0:
         pack(data.ids, sizes)
-    utils.log(f'{len(data)} masks of {data.split} are in {FOLDER}, and in '
-              f'{ARCHIVE} for the server')
+    utils.log(f'{utils.plural(len(data), "mask")} of {data.split}: in '
+              f'{FOLDER}, and in {ARCHIVE} for the server')
 
 
 def mask_path(name):
@@ -94,18 +95,15 @@ def _without_owner(member):
 
 def main():
     """Predict VAL_SPLIT by the checkpoint that the command line names."""
-    parser = argparse.ArgumentParser(
-        prog='python -m tools.submit', description=__doc__,
-        usage='%(prog)s [CHECKPOINT] [KEY=VALUE ...]',
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=settings.describe())
+    parser = utils.make_parser(__doc__, settings.describe())
     parser.add_argument('checkpoint', nargs='?', help=argparse.SUPPRESS)
     args = parser.parse_args(settings.override(sys.argv[1:]))
     path = find_checkpoint(args.checkpoint)
     device = distributed.join(distributed.pick_devices_for(path))
     utils.log(f'device: {distributed.describe_device(device)}, processes: '
               f'{utils.world()}')
-    net, _ = heads.load_network(path, device)
+    net, checkpoint = heads.load_network(path, device)
+    adopt_data(checkpoint, path)
     submit(net)
     distributed.leave(0)
 
