@@ -423,8 +423,8 @@ def main():
     rows = [[data[epoch, i] for epoch in range(3)]
             for i in range(min(4, len(data)))]
     path = os.path.join(settings.LOG_DIR, 'samples.png')
-    os.makedirs(settings.LOG_DIR, exist_ok=True)
-    images.save_image(draw_augmented(rows, names, colours), path)
+    with images.writing(path):
+        images.save_image(draw_augmented(rows, names, colours), path)
     counts = data.class_pixels()
     for name, count in zip(names, counts):
         print(f'{name:20} {100 * count / counts.sum():6.2f}%')

@@ -411,7 +411,11 @@ def parse_arguments(words):
     parser.add_argument('checkpoint', nargs='?', help=argparse.SUPPRESS)
     for option in {word.partition('=')[0] for word in words} & set(MOVED):
         raise UserError(f'{option}: this is now {MOVED[option]}')
-    return parser.parse_args(settings.override(words)).checkpoint
+    path = parser.parse_args(settings.override(words)).checkpoint
+    if path == '':
+        raise UserError("'': name a checkpoint, or nothing for MODEL_DIR's "
+                        "final.pth")
+    return path
 
 
 def main():

@@ -8,9 +8,11 @@ prints the shapes at every stage.
 Shapes: b images, c channels, h x w feature grid, n = h * w, k bases, H x W
 pixels.
 """
+import argparse
 import contextlib
 import copy
 import math
+import signal
 
 import torch
 import torch.distributed as dist
@@ -417,6 +419,9 @@ class EMANet(nn.Module):
 
 
 def main():
+    argparse.ArgumentParser(
+        description=__doc__, usage='python network.py',
+        formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     net, x = EMANet(21, 50).eval(), torch.zeros(1, 3, 513, 513)
     print(f'EMANet(21, 50, stride=8) of an image {tuple(x.shape)}')
     with torch.no_grad():
@@ -430,4 +435,5 @@ def main():
 
 
 if __name__ == '__main__':
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)   # be quiet in `| head`
     main()

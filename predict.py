@@ -288,6 +288,8 @@ def parse(words):
     parser.add_argument('--bases', metavar='I,J,...', default='',
                         help='draw these, not the most diverse ones')
     args = parser.parse_intermixed_args(words)
+    if '' in [args.to, *args.files]:
+        raise UserError("'' is no file and no folder; leave it out")
     files, weights = split_files(args.files)
     if not files:
         raise UserError(f'{weights}: name images to segment as well'

@@ -35,10 +35,9 @@ CONVERTERS = {'toy': toy, 'voc': voc, 'coco': coco, 'cityscapes': cityscapes,
 
 def make_parser():
     """Return the parser, a subcommand for each converter."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = parser.add_subparsers(metavar='NAME', required=True)
+    parser = utils.make_parser(__doc__)
+    names = parser.add_subparsers(metavar='NAME', required=True,
+                                  prog='python prepare.py')
     commands = {}
     for name, converter in CONVERTERS.items():
         about = textwrap.dedent('    ' + converter.convert.__doc__)
@@ -97,6 +96,8 @@ def main(argv=None):
         raise utils.UserError('masks is now named custom: python prepare.py '
                               'custom IMAGES MASKS [--to DIR] ...')
     args = make_parser().parse_args(argv)
+    if not args.to:
+        raise utils.UserError("--to '': name the folder to make")
     args.convert(args)
 
 

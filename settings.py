@@ -99,72 +99,76 @@ _TABLE = {
     'TRAIN_SPLIT': (str, None, 'run'),
     'VAL_SPLIT': (str, None, 'run'),
     'ALLOW_OVERLAP': (bool, None, 'run'),
-    'N_CLASSES': (int, '[2, 256]', 'network'),
-    'IGNORE_LABEL': (int, '[0, 255]', 'run'),
-    'MEAN': (tuple[float], None, 'network'),
-    'STD': (tuple[float], '(0, inf)', 'network'),
-    'SCALES': (tuple[float], '(0, inf)', 'run'),
-    'CROP_SIZE': (int, '[1, inf)', 'network'),      # PSA's masks are sized
-    'NUM_WORKERS': (int, '[0, inf)', 'machine'),
+    'N_CLASSES': (int, '2 to 256', 'network'),
+    'IGNORE_LABEL': (int, '0 to 255', 'run'),
+    'MEAN': (tuple[float], '0 to 1', 'network'),
+    'STD': (tuple[float], '0.001 to 1', 'network'),
+    'SCALES': (tuple[float], '0.05 to 16', 'run'),
+    'CROP_SIZE': (int, '1 to 8,193', 'network'),        # PSA's masks are sized
+    'NUM_WORKERS': (int, '0 to 1,024', 'machine'),
     'CACHE': (bool, None, 'machine'),
     'HEAD': (str, ('ema', 'fcn', 'deeplabv3', 'deeplabv3plus', 'psa',
                    'nonlocal'), 'network'),
     'N_LAYERS': (int, (18, 34, 50, 101, 152), 'network'),
     'STEM': (str, ('deep', 'plain'), 'network'),
     'STRIDE': (int, (8, 16, 32), 'network'),
-    'DROPOUT': (float, '[0, 1)', 'network'),
-    'BN_MOM': (float, '[0, 1]', 'network'),
+    'DROPOUT': (float, '0 to 0.99', 'network'),
+    'BN_MOM': (float, '0 to 1', 'network'),
     'PRETRAINED': (str, None, 'run'),
     'PRETRAINED_PARTIAL': (bool, None, 'run'),
     'INIT_FROM': (str, None, 'run'),
-    'EM_CHANNELS': (int, '[1, inf)', 'network'),
-    'EM_BASES': (int, '[1, inf)', 'network'),
-    'STAGE_NUM': (int, '[1, inf)', 'network'),
-    'STAGE_NUM_EVAL': (int, '[0, inf)', 'network'),
+    'EM_CHANNELS': (int, '1 to 8,192', 'network'),
+    'EM_BASES': (int, '1 to 8,192', 'network'),
+    'STAGE_NUM': (int, '1 to 1,000', 'network'),
+    'STAGE_NUM_EVAL': (int, '0 to 1,000', 'network'),
     'EM_KEEP': (str, ('moving_avg', 'learned', 'fixed'), 'network'),
-    'EM_MOM': (float, '[0, 1]', 'network'),
+    'EM_MOM': (float, '0 to 1', 'network'),
     'EM_NORM': (str, ('l2', 'layer', 'none'), 'network'),
     'EM_GRAD': (bool, None, 'network'),
-    'BATCH_SIZE': (int, '[1, inf)', 'run'),
-    'ACCUM': (int, '[1, inf)', 'run'),
-    'ITER_MAX': (int, '[1, inf)', 'run'),
-    'LR': (float, '[0, inf)', 'run'),
-    'LR_MOM': (float, '[0, 1)', 'run'),
-    'LR_DECAY': (int, '[1, inf)', 'run'),
-    'POLY_POWER': (float, '[0, inf)', 'run'),
-    'WEIGHT_DECAY': (float, '[0, inf)', 'run'),
+    'BATCH_SIZE': (int, '1 to 65,536', 'run'),
+    'ACCUM': (int, '1 to 65,536', 'run'),
+    'ITER_MAX': (int, '1 to 100,000,000', 'run'),
+    'LR': (float, '0 to 1,000,000', 'run'),
+    'LR_MOM': (float, '0 to 0.9999', 'run'),
+    'LR_DECAY': (int, '1 to 100,000,000', 'run'),
+    'POLY_POWER': (float, '0 to 100', 'run'),
+    'WEIGHT_DECAY': (float, '0 to 1', 'run'),
     'LOSS': (str, ('cross_entropy', 'ohem'), 'run'),
-    'OHEM_THRESHOLD': (float, '(0, 1]', 'run'),
-    'OHEM_MIN_KEPT': (float, '(0, 1]', 'run'),
-    'CLASS_WEIGHTS': (tuple[float], '[0, inf)', 'run'),
+    'OHEM_THRESHOLD': (float, '0.0001 to 1', 'run'),
+    'OHEM_MIN_KEPT': (float, '0.0001 to 1', 'run'),
+    'CLASS_WEIGHTS': (tuple[float], '0 to 1,000,000', 'run'),
     'BALANCE_CLASSES': (bool, None, 'run'),
     'FREEZE': (str, ('', 'bn', 'backbone'), 'run'),
-    'AVERAGE': (float, '[0, 1)', 'run'),
+    'AVERAGE': (float, '0 to 0.999999', 'run'),
     'AMP': (str, ('auto', 'off', 'bf16', 'fp16'), 'run'),
     'COMPILE': (bool, None, 'run'),
     'RECOMPUTE': (bool, None, 'machine'),
-    'SEED': (int, '[0, inf)', 'run'),
+    'SEED': (int, '0 to 4,294,967,295', 'run'),
     'DETERMINISTIC': (bool, None, 'run'),
-    'ITER_VAL': (int, '[0, inf)', 'run'),
-    'EVAL_SCALES': (tuple[float], '(0, inf)', 'run'),
+    'ITER_VAL': (int, '0 to 100,000,000', 'machine'),
+    'EVAL_SCALES': (tuple[float], '0.05 to 16', 'run'),
     'EVAL_FLIP': (bool, None, 'run'),
-    'EVAL_WINDOW': (int, '[0, inf)', 'run'),
+    'EVAL_WINDOW': (int, '0 to 65,536', 'run'),
     'INFERENCE': (str, ('plain', 'folded', 'bf16'), 'run'),
-    'EVAL_BATCH': (int, '[0, inf)', 'machine'),
-    'EVAL_CLASSES': (tuple[int], '[0, 255]', 'run'),
-    'DEVICES': (list[int], None, 'machine'),
-    'ITER_SAVE': (int, '[1, inf)', 'machine'),
+    'EVAL_BATCH': (int, '0 to 65,536', 'machine'),
+    'EVAL_CLASSES': (tuple[int], '0 to 255', 'run'),
+    'DEVICES': (list[int], '-1 to 1,023', 'machine'),
+    'ITER_SAVE': (int, '1 to 100,000,000', 'machine'),
     'MODEL_DIR': (str, None, 'machine'),
     'LOG_DIR': (str, None, 'machine'),
 }
 _RENAMED = {'OHEM_LEAST': 'OHEM_MIN_KEPT',
             'CLASS_WEIGHTS=auto': 'BALANCE_CLASSES=True'}
+_TYPES = {                   # type: (what messages call it, an example)
+    str: ('str', 'name'), bool: ('bool', True), int: ('int', 64),
+    float: ('float', 0.5), tuple[float]: ('tuple of float', (0.5, 0.75, 1.0)),
+    tuple[int]: ('tuple of int', (0, 1)), list[int]: ('list of int', [0, 1])}
 _given = set()               # the names that the command line has set
 
 
 class SettingError(ValueError):
-    """A setting is unknown, or its value cannot be. One line for the user;
-    exit_status as of utils.UserError, since this file imports nothing."""
+    """A setting is unknown or its value cannot be: as utils.UserError, which
+    this file, importing nothing, does without."""
 
     exit_status = 2
 
@@ -194,25 +198,26 @@ def choices(name):
 # ------------------------------------------------- changing settings
 def override(words):
     """Set the globals that words like 'KEY=VALUE' name; return the others.
-
-    Raises SettingError for an unknown name (with the nearest one) and for a
-    value of another type.
-    """
-    import difflib
-    others, known = [], as_dict()
+    Raises SettingError for a name or a value that cannot be, there or here."""
+    check_file()
+    others = []
     for word in words:
         name, equals, text = word.partition('=')
+        plain = name.strip(' -').replace('-', '_').upper()
+        if plain in _TABLE and not name.isidentifier() or (
+                name in _TABLE and not equals):     # --lr, 'LR = 1', LR
+            raise SettingError(f'{word}: a setting is written KEY=VALUE, '
+                               f'without blanks: {plain}={globals()[plain]}')
+        for old in {word, name} & {*_RENAMED}:
+            raise SettingError(f'{word}: {old} is now {_RENAMED[old]}')
         if not equals or not name.isidentifier():
             others.append(word)
-            continue
-        for old in {word, name} & set(_RENAMED):
-            raise SettingError(f'{word}: {old} is now {_RENAMED[old]}')
-        if name not in known:
-            near = difflib.get_close_matches(name.upper(), known, 1, 0.0)[0]
+        elif name in _TABLE:
+            globals()[name] = check_value(name, _parse(name, text), text=text)
+            _given.add(name)
+        else:
             raise SettingError(f'{word}: there is no setting {name}; '
-                               f'the nearest is {near}')
-        globals()[name] = _parse(name, text, known[name])
-        _given.add(name)
+                               f'{_nearest(name) or "--help lists them"}')
     return others
 
 
@@ -221,20 +226,19 @@ def override_all(words):
     for any other word."""
     others = override(words)
     if others:
-        raise SettingError(f'{others[0]}: only KEY=VALUE words are taken '
-                           f'here')
+        raise SettingError(f'{others[0] or "an empty word"}: only KEY=VALUE '
+                           f'words are taken here; --help lists them')
 
 
-def adopt(recorded):
-    """Take the network's settings from a checkpoint's record.
-
-    What the command line has set stays. Returns {name: value} of what was
-    changed by this, for the log.
-    """
-    changed = {name: recorded[name] for name, value
-               in network_settings().items()
-               if name in recorded and name not in _given
-               and value != recorded[name]}
+def adopt(recorded, names=None):
+    """Take settings, the network's if none are named, from a checkpoint's
+    record, but for what the command line has set; return {name: value} of
+    what this changed. Raises SettingError for a value that cannot be."""
+    found = {name: check_value(name, recorded[name], 'in the checkpoint, ')
+             for name in names or network_settings()
+             if name in recorded and name not in _given}
+    changed = {name: value for name, value in found.items()
+               if value != globals()[name]}
     globals().update(changed)
     return changed
 
@@ -249,106 +253,148 @@ def changed_since(recorded):
             and _TABLE.get(name, ('', '', 'run'))[2] != 'machine'}
 
 
-def _parse(name, text, default):
-    """Return text as a value of the setting's type; raise SettingError."""
+def _nearest(name):
+    """Return 'the nearest is NAME', '' where no setting is near."""
+    import difflib
+    near = difflib.get_close_matches(name.upper(), _TABLE, 1)
+    return f'the nearest is {near[0]}' if near else ''
+
+
+def _parse(name, text):
+    """Return the value of a text, or the text; one number does for a list."""
     import ast
-    kind = _TABLE.get(name, (type(default),))[0]
-    if kind is str:
-        return text
-    whole = getattr(kind, '__origin__', None)       # of tuple[...], list[...]
-    item = kind.__args__[0] if whole else kind
+    kind = _TABLE[name][0]
     try:
-        value = ast.literal_eval(text.strip())
-        if whole:
-            value = value if isinstance(value, (list, tuple)) else [value]
-            return whole(_convert(item, each) for each in value)
-        return _convert(item, value)
-    except (ValueError, SyntaxError, TypeError):
-        wanted = f'{whole.__name__} of ' if whole else ''
-        raise SettingError(f'{name}={text}: {name} takes a value of type '
-                           f'{wanted}{item.__name__}, such as {default!r}'
-                           ) from None
-
-
-def _convert(kind, value):
-    """Return value as kind; only an int may pass for a float."""
-    if type(value) is int and kind is float:
-        return float(value)
-    if type(value) is not kind:
-        raise TypeError
-    return value
+        value = text if kind is str else ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return text
+    return [value] if hasattr(kind, '__origin__') and type(value) in (
+        int, float) else value
 
 
 # ------------------------------------------------- checking settings
 def validate(for_training=False):
-    """Raise SettingError unless every setting is in its range, and those that
-    depend on each other agree; for_training: the rules of training too."""
-    for name, (_, allowed, _) in _TABLE.items():
-        value = globals()[name]
-        for each in value if isinstance(value, (list, tuple)) else [value]:
-            if not _is_allowed(each, allowed):
-                raise SettingError(f'{name}={value}: it can be '
-                                   f'{_describe(allowed)}')
+    """Raise SettingError unless every setting is valid, and those that depend
+    on each other agree; for_training: by the rules of training too."""
+    check_file()
     for holds, text in _rules(for_training):
         if not holds:
             raise SettingError(text)
 
 
+def check_file():
+    """Raise SettingError unless this file, edited by hand, has the settings
+    of the table and no others, each of its type and in its range."""
+    for name in [*globals()]:
+        if (name not in _TABLE and not name.startswith('_')
+                and (name.isupper() or name.upper() in _TABLE)):
+            hint = (f'it is now {_RENAMED[name]}' if name in _RENAMED else
+                    _nearest(name) or 'a new one needs a row in _TABLE')
+            raise SettingError(f'settings.py: {name} is no setting; {hint}')
+    for name, (kind, _, _) in _TABLE.items():
+        if name not in globals():
+            raise SettingError(f'settings.py: {name} is missing; add a value '
+                               f'of type {_TYPES[kind][0]}, such as {name} = '
+                               f'{_guess(name, None)!r}')
+        globals()[name] = check_value(name, globals()[name], 'settings.py: ')
+
+
+def check_value(name, value, source='', text=''):
+    """Return a value as the setting's type; raise SettingError for another
+    type or range. source: '' for the command line, which has the text."""
+    kind, allowed, _ = _TABLE[name]
+    try:
+        value = _convert(kind, value)
+    except (TypeError, OverflowError):
+        example = f'{name} = {_guess(name, value)!r}'
+        if not source:                              # what a shell takes
+            example = example.translate(dict.fromkeys(map(ord, ' ()[]')))
+        raise SettingError(f'{source}{name}={repr(value) if source else text}'
+                           f': {name} takes a value of type '
+                           f'{_TYPES[kind][0]}, such as {example}') from None
+    for each in value if isinstance(value, (list, tuple)) else [value]:
+        if not _is_allowed(each, allowed):
+            raise SettingError(f'{source}{name}={value}: it can be '
+                               + str(allowed).strip('()'))
+    return value
+
+
+def _convert(kind, value):
+    """Return value as kind; an int passes for a float, a list for a tuple."""
+    if hasattr(kind, '__origin__') and isinstance(value, (list, tuple)):
+        return kind.__origin__(_convert(kind.__args__[0], x) for x in value)
+    if type(value) is not kind and (type(value), kind) != (int, float):
+        raise TypeError
+    return kind(value)
+
+
+def _guess(name, value):
+    """Return what a value of another type may stand for, else an example."""
+    (kind, allowed, _), text = _TABLE[name], str(value).removesuffix('.0')
+    try:
+        return _convert(kind, None if value is None else _parse(name, text))
+    except (TypeError, OverflowError):
+        return allowed[0] if type(allowed) is tuple else _TYPES[kind][1]
+
+
 def _is_allowed(value, allowed):
-    """Tell whether a value is among the choices, or in a range as '[0, 1)'.
-    """
+    """Tell whether a value is among the choices, or in a range as '0 to 1'."""
     if not isinstance(allowed, str):
         return allowed is None or value in allowed
-    low, high = (float(x) for x in allowed[1:-1].split(','))
-    return ((low <= value if allowed[0] == '[' else low < value)
-            and (value <= high if allowed[-1] == ']' else value < high))
-
-
-def _describe(allowed):
-    """Return choices or a range in words."""
-    if not isinstance(allowed, str):
-        return ', '.join(map(repr, allowed or ()))
-    low, high = allowed[1:-1].split(', ')
-    words = {'[': f'at least {low}', '(': f'above {low}', ']': f'at most '
-             f'{high}', ')': f'below {high}'}
-    return ' and '.join(words[mark] for mark, bound in (
-        (allowed[0], low), (allowed[-1], high)) if 'inf' not in bound)
+    low, high = allowed.replace(',', '').split(' to ')
+    return float(low) <= value <= float(high)
 
 
 def _rules(for_training):
     """Yield (whether it holds, what to say if not) of the rules between
     settings."""
     n = N_CLASSES
-    yield (all(i < n for i in EVAL_CLASSES),
-           f'EVAL_CLASSES={EVAL_CLASSES}: classes are 0 to {n - 1} '
+    yield (len({*EVAL_CLASSES} & {*range(n)}) == len(EVAL_CLASSES),
+           f'EVAL_CLASSES={EVAL_CLASSES}: classes are 0 to {n - 1}, each once '
            f'(N_CLASSES={n})')
-    for name, value in (('SCALES', SCALES), ('EVAL_SCALES', EVAL_SCALES)):
-        yield value, f'{name}={value}: name at least one scale'
+    for name in ('DATA_ROOT', 'SCALES', 'EVAL_SCALES', 'MODEL_DIR', 'LOG_DIR'):
+        yield globals()[name], f'{name}={globals()[name]}: it cannot be empty'
     for name, value in (('MEAN', MEAN), ('STD', STD)):
         yield len(value) == 3, f'{name}={value}: it is of R, G and B'
     if for_training:
-        yield (not CLASS_WEIGHTS
-               or len(CLASS_WEIGHTS) == n and any(CLASS_WEIGHTS),
-               f'CLASS_WEIGHTS={CLASS_WEIGHTS}: it is (), or {n} numbers that '
-               f'are not all 0 (N_CLASSES={n})')
-        yield (not (CLASS_WEIGHTS and BALANCE_CLASSES),
-               'CLASS_WEIGHTS and BALANCE_CLASSES=True: the weights come from '
-               'one of them')
-        yield (not (COMPILE and RECOMPUTE),
-               'COMPILE=True and RECOMPUTE=True do not go together; a '
-               'compiled backbone keeps less by itself')
+        yield (CROP_SIZE > 2 * STRIDE,
+               f'CROP_SIZE={CROP_SIZE} with STRIDE={STRIDE}: at least '
+               f'{2 * STRIDE + 1}, for a grid of 3 x 3')
+        yield (not CLASS_WEIGHTS or len(CLASS_WEIGHTS) == n and any(
+            CLASS_WEIGHTS), f'CLASS_WEIGHTS={CLASS_WEIGHTS}: it is (), or {n} '
+            f'numbers that are not all 0 (N_CLASSES={n})')
+        yield (not (CLASS_WEIGHTS and BALANCE_CLASSES), 'CLASS_WEIGHTS and '
+               'BALANCE_CLASSES=True do not go together; choose one')
+        yield (not (COMPILE and RECOMPUTE), 'COMPILE=True and RECOMPUTE=True '
+               'do not go together; choose one')
         yield (not HEAD.startswith('deeplab') or BATCH_SIZE >= 2 * ACCUM,
                f'HEAD={HEAD} with BATCH_SIZE={BATCH_SIZE} and ACCUM={ACCUM}: '
-               f'batch norm over the means of whole images needs at least 2 '
-               f'images at a time')
+               f'it needs at least 2 images at a time, for its batch norm')
 
 
 def describe():
-    """Return the settings, their values and what they can be, for --help."""
-    lines = ['settings (KEY=VALUE); settings.py says what each is for:']
-    for name, value in as_dict().items():
-        kind, allowed, _ = _TABLE.get(name, (type(value), None, 'run'))
-        kind = str(kind) if hasattr(kind, '__origin__') else kind.__name__
-        lines.append(f'  {name} = {value!r} ({kind}'
-                     + (f': {_describe(allowed)})' if allowed else ')'))
-    return '\n'.join(lines)
+    """Return the settings by the sections of this file, with values as they
+    are now, comments, and choices or ranges, for --help."""
+    import textwrap
+    with open(__file__, encoding='utf-8') as file:
+        top = file.read().partition('\n# ---')[2].partition('the table of')[0]
+    comments, lines = {}, ['settings (KEY=VALUE, or edited in settings.py)']
+    for row in f'# {top}'.splitlines()[:-1]:
+        code, _, comment = row.partition('#')
+        if ' =' in code or comment[:4] == ' ---':       # or a section's title
+            name = code.partition(' =')[0] or comment.strip(' -')
+        comments[name] = f'{comments.get(name, "")} {comment.strip()}'.strip()
+    for name, comment in comments.items():
+        if name not in _TABLE:
+            lines += ['', f'{name}:']
+            continue
+        allowed = _TABLE[name][1] or ()
+        if isinstance(allowed, str) or not all(
+                repr(each) in comment for each in allowed):
+            words = str(allowed).strip('()').replace(' ', '\xa0')
+            comment += f' ({words})'                # not to be broken
+        lines += textwrap.wrap(comment, 79, break_long_words=False,
+                               initial_indent=f'  {name} = '
+                               f'{globals().get(name)!r}'.ljust(28) + '  ',
+                               subsequent_indent=30 * ' ')
+    return '\n'.join(lines).replace('\xa0', ' ')

@@ -8,7 +8,6 @@ into MODEL_DIR; TensorBoard's events, log.csv and settings.json into LOG_DIR.
 The recipe is the paper's, as the 2019 code ran it. Shapes: b images, n
 classes, H x W pixels.
 """
-import argparse
 import math
 import os
 import shutil
@@ -335,10 +334,7 @@ def validation_images(net, data, confusion):
 # ------------------------------------------------- the run
 def parse_arguments():
     """Set the settings that the command line gives."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, usage='train.py [KEY=VALUE ...]',
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=settings.describe())
+    parser = utils.make_parser(__doc__, settings.describe())
     settings.override_all(parser.parse_known_args()[1])
 
 
@@ -358,10 +354,10 @@ def main():
     log_start(sketch, train_set, val_set, device)
 
     # network, optimizer, and where they continue from
-    _locks = run.lock_folders()         # held until main ends
     is_resumed = distributed.assert_agreed(state is not None,
                                            f'{latest} is there')
     net, optimizer, scaler, average = build(device, is_new=not is_resumed)
+    _locks = run.lock_folders()         # held until main ends
     nets = {'val_mIoU': net}
     parts = {'net': net, 'optimizer': optimizer, 'scaler': scaler}
     if average:

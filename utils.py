@@ -2,16 +2,20 @@
 that a crash cannot spoil, seeds, confusion matrix and scores, the learning
 rate. n classes; H x W pixels.
 """
+import argparse
 import codecs
 import contextlib
+import hashlib
 import importlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import weakref
 
@@ -41,7 +45,7 @@ class RunError(Exception):
 
 def run_main(main):
     """Run main() and exit with 0, 1 (a fault of the run), 2 (of what was
-    asked) or STOPPED.
+    asked), STOPPED, or 141 where nobody reads the output any more.
 
     Errors that have an exit_status, and the few of libraries that `explain`
     knows, end in one line on stderr. Any other is a defect and keeps its
@@ -50,8 +54,12 @@ def run_main(main):
     program = os.path.basename(sys.argv[0])
     try:
         main()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(f'{program}: interrupted')
+    except BrokenPipeError:             # whoever read our output, as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
         line, status = explain(error)
         if line is None:
@@ -76,10 +84,13 @@ def explain(error):
     if hasattr(error, 'exit_status'):
         return _without_traceback(str(error)), error.exit_status
     first = first_line(error)
-    if isinstance(error, torch.OutOfMemoryError):
-        return (f'{". ".join(first.split(". ")[:2])}. Lower BATCH_SIZE or '
-                f'CROP_SIZE, raise ACCUM, or set RECOMPUTE=True; in '
-                f'evaluation set EVAL_BATCH=1 or EVAL_WINDOW'), 1
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+            'DefaultCPUAllocator' in first):
+        text = '. '.join(first.split('. ')[:2]) if isinstance(
+            error, torch.OutOfMemoryError) else 'this needs too much memory'
+        return (f'{text}. Lower BATCH_SIZE or CROP_SIZE, raise ACCUM, or set '
+                f'RECOMPUTE=True; in evaluation set EVAL_BATCH=1 or '
+                f'EVAL_WINDOW'), 1
     if is_lost_worker(error):
         return (f'a loader process died ({first}). Was memory short? Fewer '
                 f'NUM_WORKERS need less'), 1
@@ -127,6 +138,29 @@ def import_optional(module):
                         f'{name}') from None
 
 
+# ------------------------------------------------- the command line
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors end in one line, as all others do."""
+
+    def error(self, message):
+        raise UserError(f'{message}; --help shows what can be given')
+
+
+def make_parser(doc, epilog=''):
+    """Return a parser of a script's arguments, an argparse.ArgumentParser.
+
+    Args:
+        doc: the script's docstring: what it is, its usage, an indented
+            paragraph, and what it writes.
+        epilog: the end of --help, such as settings.describe().
+    """
+    about, usage, *rest = doc.split('\n\n')
+    usage = textwrap.indent(textwrap.dedent(usage), 7 * ' ').strip()
+    return _Parser(usage=usage.replace('%', '%%'), epilog=epilog,
+                   description='\n\n'.join([about, *rest]),
+                   formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
 # ------------------------------------------------- one process of several
 def is_launched():
     """Tell whether torchrun or lib.distributed started this process."""
@@ -166,13 +200,49 @@ def progress(iterable=None, **options):
     return bar
 
 
+# ------------------------------------------------- where the code is from
 def git_hash():
-    """Return the project's commit, '-dirty' if it was edited since."""
+    """Return the project's commit, '-dirty' if files were edited since; in a
+    fork, the commit that it was made from, '-edited' if its code was edited
+    since (settings.py, which every fork edits, does not count)."""
+    fork = forked_from()
+    if fork and not os.path.exists(os.path.join(ROOT, '.git')):
+        is_edited = any(_hash_file(os.path.join(ROOT, path)) != digest
+                        for path, digest in fork['files'].items())
+        return fork['commit'] + '-edited' * is_edited
+    if not _git('ls-files', 'utils.py'):    # the repository around the folder
+        return 'unknown'
+    return _git('describe', '--always', '--dirty', '--abbrev=12') or 'unknown'
+
+
+def forked_from():
+    """Return dict(parent: name of its folder, commit, files: {path: SHA-256})
+    of a folder that fork.sh has made, {} of another."""
+    path = os.path.join(ROOT, 'forked_from.txt')
+    if not os.path.exists(path):
+        return {}
+    text = read_text(path)
+    head = dict(re.findall(r'^# (\w+): (.*)', text, re.M))
+    return {'parent': head.get('parent', ''),
+            'commit': head.get('commit', 'unknown'),
+            'files': {path: digest for digest, path in re.findall(
+                r'^([0-9a-f]{64}) [ *](.*)', text, re.M)}}
+
+
+def _hash_file(path):
+    if not os.path.exists(path):
+        return None
+    with open(path, 'rb') as file:
+        return hashlib.sha256(file.read()).hexdigest()
+
+
+def _git(*words):
+    """Return what git prints in the project's folder, '' where it fails."""
     done = subprocess.run(
-        ['git', 'describe', '--always', '--dirty', '--abbrev=12'], cwd=ROOT,
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        ['git', *words], cwd=ROOT, stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL, text=True,
         check=False) if shutil.which('git') else None
-    return done.stdout.strip() if done and done.stdout else 'unknown'
+    return done.stdout.strip() if done else ''
 
 
 # ------------------------------------------------- files

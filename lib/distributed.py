@@ -171,6 +171,10 @@ def pick_devices(numbers):
         raise UserError(f'DEVICES={list(numbers)}: this machine has {count} '
                         f'CUDA GPUs, numbered from 0; -1 is the CPU, and '
                         f'DEVICES=[] takes what there is')
+    if len({n >= 0 for n in numbers}) > 1 or (
+            len({*numbers}) < len(numbers) and max(numbers) >= 0):
+        raise UserError(f'DEVICES={list(numbers)}: name GPUs, each once, or '
+                        f'the CPU (-1, once for each process)')
     if numbers or count:
         return [torch.device('cpu') if n < 0 else torch.device('cuda', n)
                 for n in numbers or range(count)]

@@ -3,23 +3,105 @@ or 1 (the run), before the first step; nothing is lost.
 
     python -m pytest tests/test_bad_input.py
 """
+import glob
+import importlib
 import os
 import shutil
+import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import dataset
 import eval
 import heads
 import predict
 import settings
 import train
-from conftest import refused
+import utils
+from conftest import REPO, refused
 from lib import checkpoint
 from lib.images import read_label
 from utils import RunError
+
+
+def find_scripts():
+    """Return {module: text} of what is run as a program."""
+    found = {}
+    for path in sorted(glob.glob(os.path.join(REPO, '*.py'))
+                       + glob.glob(os.path.join(REPO, 'tools', '*.py'))):
+        text = utils.read_text(path)
+        if "if __name__ == '__main__':" in text:
+            found[os.path.relpath(path, REPO)[:-3].replace('/', '.')] = text
+    return found
+
+
+SCRIPTS = find_scripts()
+
+
+# ------------------------------------------------- the command line
+@pytest.mark.parametrize('name', SCRIPTS)
+def test_help(name, monkeypatch, capsys):
+    """Usage, what is written, the settings by section; 80 columns."""
+    monkeypatch.setenv('COLUMNS', '80')
+    monkeypatch.setattr(sys, 'argv', [f'{name}.py', '--help'])
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(name).main()
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and text.startswith('usage: ')
+    takes_settings = 'settings.override' in SCRIPTS[name]
+    assert ('\n  EVAL_SCALES = (1.0,) ' in text) == takes_settings
+    assert max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize('name', SCRIPTS)
+def test_an_unknown_option_is_named(name, monkeypatch, capsys):
+    code, line = refused(importlib.import_module(name).main, '--nope',
+                         monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 2 and ('--nope' in line or 'required' in line)
+
+
+@pytest.mark.parametrize('name, arguments, told', (
+    ('tools.bench', ['speed'], 'speed: areas are loader, '),
+    ('tools.stress', ['0'], '0: name a number of kills'),
+    ('tools.compare_heads', ['--camvid', '.'], '--camvid .: no such folder'),
+    ('tools.compare_heads', ['--weights', 'gone', '--table'],
+     '--weights gone is neither a file nor a known name'),
+    ('tools.compare_heads', ['--table', '--to', 'file'],
+     '--to file: file is a file'),
+    ('dataset', ['LOG_DIR=file'], 'file/samples.png cannot be written'),
+    ('heads', ['LR'], 'LR: a setting is written KEY=VALUE')))
+def test_other_scripts_refuse_in_a_line(name, arguments, told, small,
+                                        monkeypatch, capsys):
+    with open('file', 'w'):
+        pass
+    _, line = refused(importlib.import_module(name).main, *arguments,
+                      monkeypatch=monkeypatch, capsys=capsys)
+    assert line.startswith(f'script.py: {told}')
+    assert os.listdir() == ['file']
+
+
+def test_a_closed_pipe_ends_a_program_quietly(monkeypatch, capsys):
+    """As `python heads.py | head -1` closes it."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, 'w') as pipe, pytest.raises(SystemExit) as stop:
+        monkeypatch.setattr(sys, 'stdout', pipe)
+        utils.run_main(lambda: print('a line'))
+    assert stop.value.code == 141 and capsys.readouterr().err == ''
+
+
+@pytest.mark.parametrize('allocate', (
+    lambda: torch.empty(2 ** 50), lambda: np.empty(2 ** 50)))
+def test_too_little_memory_is_told_with_the_remedy(allocate, monkeypatch,
+                                                   capsys):
+    code, line = refused(allocate, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 1 and 'memory. Lower BATCH_SIZE or CROP_SIZE' in line
+
+
+# ------------------------------------------------- data, settings, files
 
 
 @pytest.fixture
@@ -36,7 +118,7 @@ def bad(small, toy, tmp_path, monkeypatch, capsys):
         settings._given.clear()
         return refused(main, *arguments, monkeypatch=monkeypatch,
                        capsys=capsys)
-    refuse.root = root
+    refuse.root, refuse.capsys = root, capsys
     refuse.ids = (root / 'ImageSets/Segmentation/train.txt').read_text() \
         .split()
     refuse.label = root / 'SegmentationClassAug' / f'{refuse.ids[3]}.png'
@@ -83,7 +165,7 @@ def test_masks_of_0_and_255(bad):
     for path in (bad.root / 'SegmentationClassAug').iterdir():
         label = read_label(path)
         Image.fromarray(np.uint8(255 * (label > 0))).save(path)
-    expect(bad('N_CLASSES=2'), '0 and 255 alone', 'as 1')
+    expect(bad('N_CLASSES=2'), 'class 0 alone', '255, void', 'as 1')
 
 
 @pytest.mark.parametrize('workers', (0, 1))
@@ -98,7 +180,7 @@ def test_a_class_that_never_occurs_is_warned_of(bad, monkeypatch, capsys):
         label = read_label(path)
         label[label == 3] = 0
         Image.fromarray(label).save(path)
-    eval.open_split('train', train=True)
+    eval.check_labels(dataset.Segmentation('train', train=True))
     assert 'warning: no pixel of train is triangle\n' in (
         capsys.readouterr().out)
 
@@ -122,15 +204,26 @@ def test_classes(bad):
     ('LR=fast', 'type float'),
     ('N_LAYERS=20', '18, 34, 50, 101, 152'),
     ('HEAD=emma', "'ema', 'fcn'"),
-    ('BATCH_SIZE=0', 'at least 1'),
+    ('FOO=1', 'there is no setting FOO; --help lists them'),
+    ('--lr', 'KEY=VALUE'),
+    ('lr=0.1', 'nearest is LR'),
+    ('BATCH_SIZE=0', '1 to 65,536'),
     ('STRIDE=0', '8, 16, 32'),
-    ('NUM_WORKERS=-1', 'at least 0'),
-    ('SEED=-1', 'at least 0'),
-    ('EM_BASES=0', 'at least 1'),
-    ('SCALES=0', 'SCALES=(0.0,): it can be above 0'),
-    ('EVAL_SCALES=()', 'EVAL_SCALES=(): name at least one'),
-    ('EVAL_WINDOW=-1', 'at least 0'),
-    ('DROPOUT=1.5', 'at least 0 and below 1'),
+    ('NUM_WORKERS=-1', '0 to 1,024'),
+    ('SEED=100000000000000000000000', '0 to 4,294,967,295'),
+    ('ITER_MAX=100000000000000000000', '1 to 100,000,000'),
+    ('EM_BASES=1000000000000', '1 to 8,192'),
+    ('STAGE_NUM_EVAL=100000000000000000000', '0 to 1,000'),
+    ('CROP_SIZE=1', 'STRIDE=16: at least 33'),
+    ('CROP_SIZE=8194', '1 to 8,193'),
+    ('LR=nan', 'type float'),
+    ('LR=1e400', 'LR=inf: it can be 0 to 1,000,000'),
+    ('SCALES=1e-9', 'SCALES=(1e-09,): it can be 0.05 to 16'),
+    ('EVAL_SCALES=1e300', '0.05 to 16'),
+    ('EVAL_SCALES=()', 'EVAL_SCALES=(): it cannot be empty'),
+    ('MODEL_DIR=', 'it cannot be empty'),
+    ('EVAL_WINDOW=-1', '0 to 65,536'),
+    ('DROPOUT=1.5', '0 to 0.99'),
     ('FREEZE=all', "'backbone'"),
     ('AMP=int8', "'bf16'"),
     ('INFERENCE=fast', "'plain', 'folded', 'bf16'"),
@@ -144,9 +237,9 @@ def test_settings(bad, word, told):
 
 
 def test_backbone_weights(bad):
-    expect(bad('PRETRAINED=nowhere.pth'), 'nowhere.pth', 'nearest known')
+    expect(bad('PRETRAINED=nowhere.pth'), 'nowhere.pth', 'docs/data.md')
     torch.save({'conv1.weight': torch.zeros(64, 3, 7, 7)}, 'part.pth')
-    expect(bad('PRETRAINED=part.pth'), 'part.pth', 'lacks bn1.weight')
+    expect(bad('PRETRAINED=part.pth'), 'part.pth', 'lacks layer')
     with open('part.pth', 'rb') as file:
         half = file.read()[:500]
     with open('half.pth', 'wb') as file:
@@ -172,6 +265,29 @@ def test_a_hostile_checkpoint_runs_nothing(bad):
     code, line = bad()
     assert code == 2 and 'could run any code' in line
     assert not os.path.exists('pwned')
+
+
+def test_a_record_that_cannot_be_is_named(bad):
+    torch.save({'net': {}, 'step': 1, 'settings': {'EM_BASES': 'x'}},
+               'a.pth')
+    expect(bad('a.pth', main=eval.main), "in the checkpoint, EM_BASES='x': "
+           'EM_BASES takes a value of type int')
+
+
+def test_settings_edited_by_hand(bad, monkeypatch):
+    """Refused before anything else is looked at, by each script."""
+    for name, value, told in (
+            ('LR', '0.1', "LR='0.1': LR takes a value of type float, such as "
+                          "LR = 0.1"),
+            ('BATCHSIZE', 4, 'BATCHSIZE is no setting; the nearest is BATCH'),
+            ('DEVICES', -1, 'DEVICES=-1: ')):
+        with monkeypatch.context() as edited:
+            edited.setattr(settings, name, value, raising=False)
+            for main in train.main, eval.main, predict.main:
+                code, line = refused(main, 'a.pth' if main == eval.main else
+                                     'LR=0.1', monkeypatch=monkeypatch,
+                                     capsys=bad.capsys)
+                assert code == 2 and f'settings.py: {told}' in line
 
 
 def test_evaluation(bad):
@@ -201,7 +317,7 @@ def test_an_image_of_too_many_pixels(bad, monkeypatch):
                'a.pth')
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 40)
     expect(bad(bad.image, 'a.pth', 'STRIDE=16', main=predict.main),
-           bad.image, 'cannot be read as an image', status=1)
+           bad.image, 'cannot be read as an image')
 
 
 def test_folders_that_cannot_be_written(bad):

@@ -53,6 +53,13 @@ def test_pick_devices_refuses_a_gpu_that_is_not_there(numbers):
         distributed.pick_devices(numbers)
 
 
+@pytest.mark.parametrize('numbers', [[0, 0], [-1, 0], [1, 0, 1]])
+def test_pick_devices_refuses_what_is_named_twice(numbers, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    with pytest.raises(UserError, match=r'name GPUs, each once, or the CPU'):
+        distributed.pick_devices(numbers)
+
+
 @pytest.mark.parametrize('count, numbers, names', [
     (0, [], ['cpu']), (0, [-1], ['cpu']), (2, [], ['cuda:0', 'cuda:1']),
     (2, [1], ['cuda:1']), (2, [1, 0], ['cuda:1', 'cuda:0']),

@@ -94,7 +94,7 @@ def test_sigterm_saves_and_asks_to_be_started_again(start):
     assert status == utils.STOPPED and 'to resume: python ' in out
     step = checkpoint.load('models/latest.pth')['step']
     assert step == wait_for_steps(1)
-    assert sorted(os.listdir('models')) == ['latest.pth']
+    assert sorted(os.listdir('models')) == ['.lock', 'latest.pth']
 
 
 HOLDING = '''
@@ -250,6 +250,7 @@ def test_short_memory_of_a_gpu_ends_in_a_line(small, monkeypatch, capsys):
     """In the second step; the first one's checkpoint stays."""
     vars(settings).update(LONG)
     losses = []
+    monkeypatch.setattr(train, 'log_start', lambda *a: None)
 
     def loss(*arguments, inner=train.segmentation_loss):
         if losses:

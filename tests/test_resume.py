@@ -134,6 +134,7 @@ def test_a_stopped_run_resumes_bit_for_bit(small, monkeypatch, kind,
 
 def test_files_of_a_run(small, monkeypatch):
     vars(settings).update(ITER_SAVE=2, ITER_VAL=2)
+    monkeypatch.setattr(train, 'validation_images', lambda *a: ())
     train_here(monkeypatch)
     assert sorted(os.listdir('models')) == [
         '.lock', 'best.pth', 'final.pth', 'latest.pth', 'step_2.pth',

@@ -214,6 +214,10 @@ def test_git_hash(tmp_path, monkeypatch):
     (tmp_path / 'a').write_text('1')
     git('add', 'a')
     git('commit', '-m', 'a')
+    assert utils.git_hash() == 'unknown'    # of another project
+    (tmp_path / 'utils.py').write_text('1')
+    git('add', 'utils.py')
+    git('commit', '-m', 'b')
     commit = git('rev-parse', 'HEAD').stdout[:12]
     assert utils.git_hash() == commit
     (tmp_path / 'a').write_text('2')

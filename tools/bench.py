@@ -11,7 +11,6 @@ loader reads VAL_SPLIT of DATA_ROOT if that is given, else generated
 photographs of 500 x 375. --checkpoint tells on how many pixels of that split
 the fast ways of inference agree with the plain one.
 """
-import argparse
 import importlib.util
 import os
 import platform
@@ -312,20 +311,17 @@ AREAS = {area.__name__: area for area in (
 
 def parse_arguments():
     """Return the command line's options; set the settings that it gives."""
-    parser = argparse.ArgumentParser(
-        prog='python -m tools.bench', description=__doc__,
-        usage='%(prog)s [AREA ...] [OPTION ...] [KEY=VALUE ...]',
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=settings.describe())
+    parser = utils.make_parser(__doc__, settings.describe())
     parser.add_argument('areas', nargs='*', metavar='AREA')
     parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
     parser.add_argument('--rounds', metavar='N', type=int, default=7)
     parser.add_argument('--checkpoint', metavar='FILE')
     args = parser.parse_args(settings.override(sys.argv[1:]))
     unknown = ', '.join(name for name in args.areas if name not in AREAS)
-    if unknown or args.rounds < 1:
-        raise UserError(f'{unknown or args.rounds}: areas are '
-                        f'{", ".join(AREAS)}, rounds at least 1')
+    if unknown:
+        raise UserError(f'{unknown}: areas are {", ".join(AREAS)}')
+    if args.rounds < 1:
+        raise UserError(f'--rounds {args.rounds}: give rounds at least 1')
     if args.device != 'cpu' and not torch.cuda.is_available():
         raise UserError(f'--device {args.device}: this machine has no CUDA '
                         f'GPU; leave it out')

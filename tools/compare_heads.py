@@ -12,7 +12,6 @@ heads, with several scales and flip, in DIR/models and DIR/logdir. DIR
 memory of training. A comparison that was stopped is resumed: what results.csv
 has is not run again. --table prints the tables of what was run.
 """
-import argparse
 import csv
 import os
 import time
@@ -23,8 +22,10 @@ import numpy as np
 
 from dataset import LABELS, LISTS
 from heads import HEADS
+from lib.pretrained import KNOWN
+from predict import check_folder
 from tools.measure import markdown_table, start_script
-from utils import RunError, UserError, git_hash, run_main
+from utils import RunError, UserError, git_hash, make_parser, run_main
 
 RECIPE = {'N_LAYERS': 18, 'STEM': 'plain', 'STRIDE': 16, 'EM_CHANNELS': 256,
           'BN_MOM': 0.1, 'LR': 0.01, 'BATCH_SIZE': 8, 'CROP_SIZE': 129,
@@ -122,8 +123,9 @@ def link_sets(args):
                         'DIR')
     for name in given:
         source = os.path.abspath(getattr(args, name))
-        if not os.path.isdir(source):
-            raise UserError(f'--{name} {getattr(args, name)}: no such folder')
+        if not os.path.isdir(os.path.join(source, LISTS)):
+            raise UserError(f'--{name} {getattr(args, name)}: no such folder '
+                            f'with {LISTS} in it; make it by prepare.py')
         to = os.path.join(args.to, 'data', name)
         os.makedirs(os.path.join(to, LISTS), exist_ok=True)
         for part in ('JPEGImages', LABELS, 'classes.txt'):
@@ -187,20 +189,20 @@ def print_tables(args):
                 *([f'{mean:.0f}' for mean in np.mean(cost, 0)]
                   if cost else ['-', '-'])])
         print('\n' + markdown_table(
-            [data, 'single-scale', 'MS + flip', 's a run', 'MB'], rows))
+            [data, 'single-scale mIoU, %', 'MS + flip mIoU, %', 's a run',
+             'MB'], rows))
     rows = [['the default: T = 3, moving_avg, l2, no gradient',
              show_scores(args, 'camvid', 'ema')]]
     rows += [[f'`{switch}`', show_scores(args, 'camvid', run_name(switch))]
              for switch in SWITCHES]
     print('\n' + markdown_table(
-        ['camvid, one change from the default', 'single-scale'], rows))
+        ['camvid, one change from the default', 'single-scale mIoU, %'],
+        rows))
 
 
 def main():
     """Compare, and print the tables."""
-    parser = argparse.ArgumentParser(
-        prog='python -m tools.compare_heads', description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument('--camvid', metavar='DIR')
     parser.add_argument('--animals', metavar='DIR')
     parser.add_argument('--weights', metavar='FILE',
@@ -213,8 +215,12 @@ def main():
     if args.seeds < 1 or args.jobs < 1:
         raise UserError(f'--seeds {args.seeds} --jobs {args.jobs}: at least '
                         f'1 each')
-    if os.path.exists(args.weights):
+    check_folder(args.to, f'--to {args.to}')
+    if os.path.isfile(args.weights):
         args.weights = os.path.abspath(args.weights)
+    elif args.weights not in KNOWN:
+        raise UserError(f'--weights {args.weights} is neither a file nor a '
+                        f'known name; docs/data.md lists these')
     if not args.table:
         runs = plan_runs(args.seeds, link_sets(args))
         path = os.path.join(args.to, 'runs.csv')

@@ -147,8 +147,9 @@ def check_arguments(path, weights, files):
 
 def main():
     parser = utils.make_parser(__doc__, settings.describe())
-    parser.add_argument('path', help=argparse.SUPPRESS)
-    parser.add_argument('files', nargs='*', help=argparse.SUPPRESS)
+    parser.add_argument('path', metavar='FILE', help=argparse.SUPPRESS)
+    parser.add_argument('files', nargs='*', metavar='IMAGE',
+                        help=argparse.SUPPRESS)
     args = parser.parse_args(settings.override(sys.argv[1:]))
     files, weights = split_files(args.files)
     weights = find_checkpoint(weights)

@@ -4,9 +4,8 @@
 
 Run as a user runs it: train.py is stopped in the middle and resumed, eval.py
 scores final.pth, and scores its weights again from a file of nothing else.
-Exit status 1 where a head stays at an mIoU of 0.9 or below.
+Exit status 1 where a head stays at an mIoU of 90 % or below.
 """
-import argparse
 import json
 import os
 import signal
@@ -18,7 +17,7 @@ import heads
 import prepare
 from lib.checkpoint import load, save
 from tools.measure import finish_script, markdown_table, start_script
-from utils import STOPPED, RunError, UserError, run_main
+from utils import STOPPED, RunError, UserError, make_parser, run_main
 
 SETTINGS = ('DATA_ROOT=toy N_CLASSES=6 TRAIN_SPLIT=train VAL_SPLIT=train '
             'ALLOW_OVERLAP=True N_LAYERS=18 STEM=plain PRETRAINED= STRIDE=8 '
@@ -73,9 +72,7 @@ def check(head):
 
 def main():
     """Check the heads that the command line names, else all."""
-    parser = argparse.ArgumentParser(
-        prog='python -m tools.overfit', description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument('heads', nargs='*', metavar='HEAD',
                         help='default: all')
     names, rows, low = parser.parse_args().heads or heads.HEADS, [], []
@@ -92,9 +89,10 @@ def main():
             print(f'{name}: {100 * mean_iou:.2f}', flush=True)
             low += [name] * (mean_iou <= 0.9)
     print('\n' + markdown_table(
-        ['HEAD', 'stopped at step', 'mIoU', 'from its weights alone'], rows))
+        ['HEAD', 'stopped at step', 'mIoU, %', 'by its weights alone, %'],
+        rows))
     if low:
-        raise RunError(f'mIoU of 0.9 or below: {", ".join(low)}')
+        raise RunError(f'mIoU of 90 % or below: {", ".join(low)}')
 
 
 if __name__ == '__main__':

@@ -7,7 +7,6 @@ resumed from it, and its final weights equal those of a run that nobody
 disturbed. Every step saves latest.pth, so that many kills fall into a save.
 Exit status 1 where anything was lost.
 """
-import argparse
 import os
 import random
 import subprocess
@@ -19,7 +18,7 @@ import torch
 import prepare
 from lib.checkpoint import load
 from tools.measure import finish_script, start_script
-from utils import run_main
+from utils import UserError, make_parser, run_main
 
 SETTINGS = ('DATA_ROOT=toy N_CLASSES=6 TRAIN_SPLIT=train VAL_SPLIT= '
             'N_LAYERS=18 STEM=plain PRETRAINED= STRIDE=16 CROP_SIZE=33 '
@@ -87,12 +86,12 @@ def stress(kills):
 
 def main():
     """Kill as often as the command line says."""
-    parser = argparse.ArgumentParser(
-        prog='python -m tools.stress', description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument('kills', nargs='?', type=int, default=60,
                         metavar='KILLS')
     kills, began = parser.parse_args().kills, time.monotonic()
+    if kills < 1:
+        raise UserError(f'{kills}: name a number of kills, 1 or more')
     random.seed(66)
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
