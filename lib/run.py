@@ -23,6 +23,10 @@ from lib.distributed import (
 from lib.images import read_classes
 from utils import RunError, UserError, log, plural, world
 
+# what latest.pth holds, and of which type
+PARTS = {'step': int, 'best': float, 'settings': dict, 'versions': dict,
+         'random': list, 'net': dict, 'optimizer': dict, 'scaler': dict}
+
 
 # ------------------------------------------------- the command line
 def command(**changes):
@@ -221,9 +225,11 @@ def read_latest(path):
     if not os.path.exists(path):
         return None
     state = load(path)
-    if not isinstance(state, dict) or 'optimizer' not in state:
-        raise UserError(f'{path} is no run to resume: it holds no optimizer. '
-                        f'Move it away to start anew')
+    lost = [name for name, kind in PARTS.items() if not (
+        isinstance(state, dict) and isinstance(state.get(name), kind))]
+    if lost:
+        raise UserError(f'{path} is no run to resume: its {", ".join(lost)} '
+                        f'cannot be read. Move it away to start anew')
     unknown = sorted(set(state['settings']) - set(settings.as_dict()))
     if unknown:
         raise UserError(f'{path} is of a version with other settings '
@@ -241,6 +247,10 @@ def read_latest(path):
                      f'ITER_MAX; to train on from these weights: '
                      f'{continue_command(path)}')
         raise UserError(text)
+    if state['step'] > settings.ITER_MAX:
+        raise UserError(f'{path} is of step {state["step"]}, beyond '
+                        f'ITER_MAX={settings.ITER_MAX}: no run writes that. '
+                        f'Move it away to start anew')
     return state
 
 
@@ -270,14 +280,19 @@ def describe_end(step, best):
 def restore(state, parts, path):
     """Restore a run's parts from the state of read_latest, which is emptied;
     return (step, best mIoU)."""
-    for name, part in parts.items():
-        if name in ('net', 'average'):
-            load_strict(part, state[name], path)
-        else:
-            part.load_state_dict(state[name])
-    if len(state['random']) == world():
-        set_random_state(state['random'][utils.rank()])
-    else:
+    try:
+        for name, part in parts.items():
+            if name in ('net', 'average'):
+                load_strict(part, state[name], path)
+            else:
+                part.load_state_dict(state[name])
+        if len(state['random']) == world():
+            set_random_state(state['random'][utils.rank()])
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f'{path} cannot be resumed: its {name} is not as '
+                        f'train.py writes it ({type(error).__name__}). Move '
+                        f'it away to start anew') from None
+    if len(state['random']) != world():
         log(f'warning: {path} is of {len(state["random"])} processes, these '
             f'are {world()}: dropout will differ')
     for name, now in versions().items():

@@ -164,6 +164,28 @@ def test_a_changed_setting_stops_a_resume(small, monkeypatch):
         train_here(monkeypatch)
 
 
+def test_a_latest_pth_that_no_run_wrote_is_refused(small, monkeypatch,
+                                                   capsys):
+    """In a line, before the labels are read where that can be."""
+    vars(settings).update(ITER_MAX=1, VAL_SPLIT='')
+    train_here(monkeypatch)
+    state = checkpoint.load('models/latest.pth')
+    os.remove('models/final.pth')
+    empty = {'state': {}, 'param_groups': []}
+    for change, part in (
+            ({'step': 9}, 'is of step 9, beyond ITER_MAX=1'),
+            ({'step': 'x'}, 'is no run to resume: its step cannot be read'),
+            ({'settings': 5, 'random': None}, 'settings, random cannot be re'),
+            ({'random': [[5]]}, 'cannot be resumed: its'),
+            ({'optimizer': empty}, 'its optimizer is not as train.py writes'),
+            (5, 'its step, best, settings, versions')):
+        checkpoint.save({**state, **change} if isinstance(change, dict)
+                        else change, 'models/latest.pth')
+        status, line = refused(train.main, monkeypatch=monkeypatch,
+                               capsys=capsys)
+        assert status == 2 and part in line and 'models/latest.pth' in line
+
+
 def test_another_length_is_refused_with_the_command_that_helps(small,
                                                               monkeypatch):
     """The learning rate of every step would be another; how often a run is
