@@ -14,9 +14,11 @@ resume changes it. Of a scaled image only the window that the crop shows is
 computed, bit for bit as in the whole.
 """
 import functools
+import multiprocessing.util
 import os
 import signal
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
@@ -42,21 +44,22 @@ def read_ids(root, split):
     """Return the ids of a split, in the list's order.
 
     Where trainaug has no list (the official VOC tree with SegmentationClassAug
-    put beside it) it is every label but those of val. Raises UserError.
+    put beside it) it is every label but those of val. Raises UserError, also
+    for an id that would lead out of the folders of images and labels.
     """
     if not os.path.isdir(root):
         raise UserError(f'DATA_ROOT={root}: no such folder; make the data '
                         f'set with prepare.py, or set DATA_ROOT')
     folder = os.path.join(root, LISTS)
     path = os.path.join(folder, f'{split}.txt')
-    if os.path.isfile(path):
-        ids = [line.strip() for line in utils.read_text(path).splitlines()
-               if line.strip()]
+    if os.path.exists(path):
+        ids = images.read_ids(path)
     elif split == 'trainaug' and os.path.isdir(os.path.join(root, LABELS)):
         val = set(read_ids(root, 'val'))
         ids = sorted(name[:-4] for name in os.listdir(
             os.path.join(root, LABELS)) if name.endswith('.png'))
-        ids = [name for name in ids if name not in val]
+        ids = images.check_ids([name for name in ids if name not in val],
+                               os.path.join(root, LABELS))
     else:
         found = sorted(name[:-4] for name in os.listdir(folder)
                        if name.endswith('.txt')) if os.path.isdir(
@@ -65,8 +68,8 @@ def read_ids(root, split):
                         f'are: {", ".join(found) or "none"}')
     if not ids:
         raise UserError(f'{path} is empty: a split needs at least one id')
-    if len(set(ids)) < len(ids):
-        twice = next(name for name in ids if ids.count(name) > 1)
+    twice, count = Counter(ids).most_common(1)[0]
+    if count > 1:
         raise UserError(f'{path} has {twice} twice; remove one')
     return ids
 
@@ -361,6 +364,8 @@ def val_loader(data, rank=0, world=1, batch=1):
 def _loader(data, batch_sampler):
     """Return a loader that leaves the global random state alone."""
     workers = count_workers()
+    if workers:     # their sockets' folder: ours, as one of theirs would stay
+        multiprocessing.util.get_temp_dir()     # when they are killed
     shares_cache = (settings.CACHE and workers          # its pages,
                     and sys.platform == 'linux')        # by a fork
     return DataLoader(data, batch_sampler=batch_sampler,
@@ -426,9 +431,12 @@ def main():
     with images.writing(path):
         images.save_image(draw_augmented(rows, names, colours), path)
     counts = data.class_pixels()
+    width = max(20, *map(len, names))
+    print(f'{"class":{width}} pixels, %')
     for name, count in zip(names, counts):
-        print(f'{name:20} {100 * count / counts.sum():6.2f}%')
-    print(f'{len(data)} images; samples of three epochs are in {path}')
+        print(f'{name:{width}} {100 * count / counts.sum():9.2f}')
+    print(f'{utils.plural(len(data), "image")}; samples of three epochs are '
+          f'in {path}')
 
 
 if __name__ == '__main__':

@@ -267,7 +267,8 @@ def detect_settings(state):
     For published checkpoints, which record none; {} for other networks. The
     output stride leaves no trace in the weights.
     """
-    if not {'emau.mu', 'fc2.weight'} <= set(state):
+    if not {'emau.mu', 'fc2.weight'} <= set(state) or (
+            state['emau.mu'].ndim, state['fc2.weight'].ndim) != (3, 4):
         return {}
     counts = tuple(sum(key.startswith(f'extractor.{i}.')
                        and key.endswith('.conv1.weight') for key in state)
@@ -289,11 +290,12 @@ def main():
     s = settings
     print(f'ResNet-{s.N_LAYERS}, {s.STEM} stem, output stride {s.STRIDE}, '
           f'{s.CROP_SIZE} x {s.CROP_SIZE} pixels')
+    print(f'{"head":14}{"parameters, M":>15}{"MACs, G":>10}')
     for s.HEAD in HEADS:
         with torch.device('meta'):
             cost = complexity(build_network(), (s.CROP_SIZE, s.CROP_SIZE))
-        print(f'{s.HEAD:14}{cost["params"] / 1e6:8.2f}M parameters'
-              f'{cost["macs"] / 1e9:9.2f}G MACs')
+        print(f'{s.HEAD:14}{cost["params"] / 1e6:15.2f}'
+              f'{cost["macs"] / 1e9:10.2f}')
 
 
 if __name__ == '__main__':

@@ -4,6 +4,8 @@ All are (H, W, 3) uint8 RGB. h x w feature grid, k bases, T iterations, n
 classes; H x W pixels.
 """
 import io
+import logging
+import textwrap
 import warnings
 
 import cv2
@@ -14,15 +16,18 @@ import settings
 from lib.images import full_palette
 
 PANEL = 256                  # longer side of a panel, pixels
-FONT_SIZE, GAP = 14, 6       # of captions and legends, pixels
+FONT_SIZE, GAP = 14, 6       # of legends and small captions, pixels
+MAX_FONT_SIZE = 24           # of captions; they fit under a panel
+BAR = 12                     # height of a colour bar, pixels
 RED = 220, 20, 20            # a wrong pixel
 
 
 # ------------------------------------------------- parts
 def enlarge(x, width=320):
     """Repeat the pixels of a small image or map (H, W, ...) until it is
-    nearly `width` pixels wide, so that a legend fits beside it."""
-    times = max(1, width // x.shape[1])
+    nearly `width` pixels wide, or three times as high, so that a legend fits
+    below it."""
+    times = max(1, min(width // x.shape[1], 3 * width // x.shape[0]))
     return np.repeat(np.repeat(x, times, 0), times, 1)
 
 
@@ -57,27 +62,48 @@ def heat_map(image, share):
     return (0.3 * grey + 0.7 * colour).astype(np.uint8)
 
 
-def legend(width, names, colours):
-    """Return a strip `width` pixels wide of coloured squares with names."""
-    font, line, x, y = ImageFont.load_default(FONT_SIZE), 24, 6, 4
+def legend(width, names, colours, size=FONT_SIZE):
+    """Return a strip of coloured squares with names, `width` pixels wide, or
+    wider where a name needs it."""
+    font, line, x, y = ImageFont.load_default(size), size + 10, 6, 4
     places = []
     for name in names:
-        length = 34 + int(font.getlength(name))
+        length = size + 20 + int(font.getlength(name))
         if x + length > width and x > 6:
             x, y = 6, y + line
         places.append((x, y))
         x += length
+        width = max(width, x)
     strip = Image.new('RGB', (width, y + line), 'white')
     draw = ImageDraw.Draw(strip)
     for (x, y), name, colour in zip(places, names, colours, strict=True):
-        draw.rectangle((x, y, x + 14, y + 14), tuple(colour), 'black')
-        draw.text((x + 20, y - 1), name, 'black', font)
+        draw.rectangle((x, y, x + size, y + size), tuple(colour), 'black')
+        draw.text((x + size + 6, y - 1), name, 'black', font)
     return np.asarray(strip)
 
 
-def contact_sheet(panels, captions, columns):
+def stack(*pages):
+    """Return pages (H, W, 3) one below the other, white on their right."""
+    width = max(page.shape[1] for page in pages)
+    return np.vstack([pad_white(page, right=width - page.shape[1])
+                      for page in pages])
+
+
+def pad_white(x, left=0, right=0, bottom=0):
+    """Return an image (H, W, 3) with so many white pixels added."""
+    return np.pad(x, ((0, bottom), (left, right), (0, 0)),
+                  constant_values=255)
+
+
+def caption_size(panel, columns):
+    """Return the font size of captions under a row of panels: readable, if it
+    can be, where TensorBoard shows their page 350 pixels wide."""
+    return max(FONT_SIZE, min(MAX_FONT_SIZE, columns * panel.shape[1] // 22))
+
+
+def contact_sheet(panels, captions, columns, size=FONT_SIZE):
     """Return panels of one size, row by row, a caption under each."""
-    font, line = ImageFont.load_default(FONT_SIZE), 22
+    font, line = ImageFont.load_default(size), size + 8
     height, width = panels[0].shape[:2]
     across = max(width, *(int(font.getlength(text)) for text in captions))
     rows = -(-len(panels) // columns)
@@ -93,6 +119,17 @@ def contact_sheet(panels, captions, columns):
     return np.asarray(page)
 
 
+def write_note(width, text, size):
+    """Return a strip about `width` pixels wide with a text in lines."""
+    text = textwrap.fill(text, max(20, int(width / size / 0.47)))
+    font = ImageFont.load_default(size)
+    box = ImageDraw.Draw(Image.new('RGB', (1, 1))).textbbox((6, 6), text, font)
+    strip = Image.new('RGB', (max(width, int(box[2]) + 6), int(box[3]) + 8),
+                      'white')
+    ImageDraw.Draw(strip).text((6, 6), text, 'black', font)
+    return np.asarray(strip)
+
+
 # ------------------------------------------------- predictions
 def overlay(image, pred, names, colours, all_classes=False):
     """Return an image blended with a prediction, above a legend.
@@ -106,9 +143,9 @@ def overlay(image, pred, names, colours, all_classes=False):
     image, pred = enlarge(image), enlarge(np.asarray(pred, np.uint8))
     count = np.bincount(pred.ravel(), minlength=len(names))
     present = [i for i in range(len(names)) if all_classes or count[i]]
-    return np.vstack([blend_classes(image, pred, colours),
-                      legend(image.shape[1], [names[i] for i in present],
-                             [colours[i] for i in present])])
+    return stack(blend_classes(image, pred, colours),
+                 legend(image.shape[1], [names[i] for i in present],
+                        [colours[i] for i in present]))
 
 
 def draw_augmented(rows, names, colours):
@@ -131,14 +168,14 @@ def draw_augmented(rows, names, colours):
                       for row in rows])
     values = sorted({value for row in rows for _, label, _ in row
                      for value in label.unique().tolist()})
-    return np.vstack([page, legend(
+    return stack(page, legend(
         page.shape[1], [names[i] if i < len(names) else 'void'
-                        for i in values], table[values])])
+                        for i in values], table[values]))
 
 
 def draw_sample(image, label, pred, names, colours):
-    """Return an image, its label, a prediction and the error side by side,
-    above a legend.
+    """Return an image and its label above a prediction and the error, above a
+    legend.
 
     label, pred: (H, W) uint8. Wrong pixels are red; the error's caption is
     their share of the pixels that are not void.
@@ -149,17 +186,48 @@ def draw_sample(image, label, pred, names, colours):
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None]   # (H, W, 1)
     error = np.repeat(128 + grey // 2, 3, 2)                    # (H, W, 3)
     error[wrong], error[~counted] = RED, palette[void]
-    page = contact_sheet(
-        [fit_panel(x) for x in (image, palette[label], palette[pred], error)],
-        ['image', 'label', 'prediction', f'error: {share:.1%}'], 4)
+    panels = [fit_panel(x)
+              for x in (image, palette[label], palette[pred], error)]
+    size = caption_size(panels[0], 2)
+    page = contact_sheet(panels, ['image', 'label', 'prediction',
+                                  f'error: {share:.1%}'], 2, size)
     known = {**dict(enumerate(names)), void: 'void'}
     present = [i for i in np.union1d(label, pred) if i in known]
-    return np.vstack([page, legend(page.shape[1], [known[i] for i in present],
-                                   palette[present].tolist())])
+    return stack(page, legend(page.shape[1], [known[i] for i in present],
+                              palette[present].tolist(), size))
 
 
 # ------------------------------------------------- attention
-def draw_attention(image, bases, shares, maps):
+def colour_bar(width, top, uniform, size):
+    """Return a strip (H, width, 3): a colour bar of heat_map from 0 to `top`,
+    with a white tick at `uniform`."""
+    font, high = ImageFont.load_default(size), f'{top:.2g}'
+    left, right = (int(font.getlength(x)) + GAP for x in ('0', high))
+    ramp = np.linspace(0, 1, width - left - right)[None].repeat(BAR, 0)
+    bar = heat_map(np.full((*ramp.shape, 3), 128, np.uint8), ramp)
+    tick = round(uniform / top * (ramp.shape[1] - 1))
+    bar[:, max(0, tick - 2):tick + 3] = 0           # its edge
+    bar[:, max(0, tick - 1):tick + 2] = 255
+    strip = Image.new('RGB', (width, size + 8), 'white')
+    strip.paste(Image.fromarray(bar), (left, (strip.height - BAR) // 2))
+    draw = ImageDraw.Draw(strip)
+    draw.text((0, strip.height / 2), '0', 'black', font, 'lm')
+    draw.text((width, strip.height / 2), high, 'black', font, 'rm')
+    return np.asarray(strip)
+
+
+def draw_map(image, z, top, uniform, size):
+    """Return a panel: a heat map of z (H, W), bright at `top`, over an image,
+    and its colour bar; z None: the image alone."""
+    width = max(image.shape[1], 8 * size)
+    bar = (np.full((size + 8, width, 3), 255, np.uint8) if z is None
+           else colour_bar(width, top, uniform, size))
+    more = width - image.shape[1]
+    return stack(pad_white(image if z is None else heat_map(image, z / top),
+                           more // 2, more - more // 2), bar)
+
+
+def draw_attention(image, bases, shares, maps, n_bases):
     """Return an image and, over it, what the bases attend to.
 
     Args:
@@ -168,29 +236,49 @@ def draw_attention(image, bases, shares, maps):
         shares: of the image's positions that each basis stands for, 0..1.
         maps: (T, bases, h, w), h x w as of fit_panel; the last iteration's
             are drawn, each scaled by its maximum.
+        n_bases: k, of the network.
     """
-    panels, captions = [fit_panel(image)], ['image']
+    small, uniform = fit_panel(image), 1 / n_bases
+    size = caption_size(small, 3)
+    panels, captions = [draw_map(small, None, 1, uniform, size)], ['image']
     for i, share, z in zip(bases, shares, maps[-1], strict=True):   # (h, w)
-        panels.append(heat_map(panels[0], z / z.max()))
-        captions.append(f'basis {i}: {share:.1%}, up to {z.max():.2f}')
-    return contact_sheet(panels, captions, 3)
+        panels.append(draw_map(small, z, max(z.max(), uniform), uniform, size))
+        captions.append(f'basis {i}: {share:.1%}')
+    page = contact_sheet(panels, captions, 3, size)
+    return stack(page, write_note(
+        page.shape[1], f"Colours: responsibility, 0 to the map's maximum."
+        f" {explain_tick(n_bases)} Per cent: the basis's share of the image.",
+        size))
 
 
-def draw_em(image, bases, maps):
+def draw_em(image, bases, maps, n_bases):
     """Return maps (T, bases, h, w) over an image: a row for each basis, a
-    column for each iteration; each row has one scale."""
-    small, panels, captions = fit_panel(image), [], []
+    column for each iteration; each row has one scale. n_bases: k."""
+    small, uniform, panels, captions = fit_panel(image), 1 / n_bases, [], []
+    size = caption_size(small, 1 + len(maps))
     for i, row in zip(bases, maps.swapaxes(0, 1), strict=True):  # (T, h, w)
-        panels += [small, *(heat_map(small, z / row.max()) for z in row)]
-        captions += [f'basis {i}, up to {row.max():.2f}',
-                     *(f'iteration {t + 1}' for t in range(len(row)))]
-    return contact_sheet(panels, captions, len(maps) + 1)
+        top = max(row.max(), uniform)
+        panels += [draw_map(small, z, top, uniform, size)
+                   for z in (None, *row)]
+        captions += [f'basis {i}', *(f'iteration {t + 1}'
+                                     for t in range(len(row)))]
+    page = contact_sheet(panels, captions, len(maps) + 1, size)
+    return stack(page, write_note(
+        page.shape[1], f"Colours: responsibility, 0 to the row's maximum."
+        f" {explain_tick(n_bases)}", size))
+
+
+def explain_tick(n_bases):
+    """Return what the white tick of a colour bar means."""
+    return (f'White tick: the uniform value, 1/{n_bases} = '
+            f'{1 / n_bases:.2g}.')
 
 
 # ------------------------------------------------- charts
 def new_chart(width, height):
     """Return matplotlib's (figure, axes); the axes are width x height pixels,
     what stands around them is added by `render`."""
+    logging.getLogger('matplotlib').setLevel(logging.ERROR)     # fonts, cache
     from matplotlib.figure import Figure  # 0.3 s, which most commands save
 
     figure = Figure((width / 72, height / 72), dpi=72)  # a point is a pixel
@@ -200,7 +288,7 @@ def new_chart(width, height):
 def render(figure):
     """Return a figure with all that stands around its axes."""
     with io.BytesIO() as file, warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'Glyph')  # not in matplotlib's font
+        warnings.simplefilter('ignore')     # characters not in its font
         figure.savefig(file, format='png', bbox_inches='tight',
                        pad_inches=GAP / 72)
         return np.array(Image.open(file).convert('RGB'))
@@ -208,38 +296,45 @@ def render(figure):
 
 def plot_confusion(confusion, names):
     """Return a chart of a confusion matrix (n, n): rows are labels, columns
-    predictions, with percentages of the row where there is room.
+    predictions, with percentages of the row where there is room. Long names
+    are cut.
 
     The colours' scale is the square root, so that a few pixels show. A row is
     grey where its class has no pixel.
     """
     counts = np.asarray(confusion, np.float64)
     n, total = len(names), counts.sum(1, keepdims=True)
+    names = [name if len(name) < 20 else f'{name[:18]}...' for name in names]
     share = counts / np.maximum(total, 1)                       # (n, n)
     cell = max(12, min(48, 960 // n))                           # pixels
-    size = min(14, cell - 2)
+    size = min(cell - 2, max(14, n * cell // 36))   # readable when small
     figure, axes = new_chart(n * cell, n * cell)
     cells = axes.imshow(np.where(total, np.sqrt(share), np.nan),
                         cmap='Blues', vmin=0, vmax=1, aspect='auto')
     cells.set_cmap(cells.cmap.with_extremes(bad='0.88'))
     axes.vlines(np.arange(n) - 0.5, -0.5, n - 0.5, '0.92', linewidth=1)
     axes.hlines(np.arange(n) - 0.5, -0.5, n - 0.5, '0.92', linewidth=1)
-    axes.set_xlabel('prediction', fontsize=14)
-    axes.set_ylabel('label', fontsize=14)
+    heading = max(14, n * cell // 36)
+    axes.set_title("% of the label's pixels, by prediction\n"
+                   "white 0, dark blue 100 (square root), grey no label",
+                   fontsize=heading, pad=heading)
+    axes.set_xlabel('prediction', fontsize=heading, labelpad=heading)
+    axes.set_ylabel('label', fontsize=heading, labelpad=heading)
     axes.set_xticks(np.arange(n), names, rotation=90, fontsize=size,
                     parse_math=False)
     axes.set_yticks(np.arange(n), names, fontsize=size, parse_math=False)
     axes.tick_params(length=0)
     axes.xaxis.set(ticks_position='top', label_position='top')
     for y, x in np.argwhere(share >= 0.005) if cell > 26 else ():
-        axes.text(x, y, f'{100 * share[y, x]:.0f}',
-                  ha='center', va='center', fontsize=size,
+        axes.text(x, y, f'{100 * share[y, x]:.0f}', ha='center', va='center',
+                  fontsize=min(size, 0.42 * cell),
                   color='white' if share[y, x] > 0.25 else 'black')
     return render(figure)
 
 
 def plot_iou(classes, colours, mean):
-    """Return a chart of IoU: a bar for each class, the mean as a line.
+    """Return a chart of IoU in per cent: a bar for each class, the mean as a
+    line.
 
     Args:
         classes: {name: IoU 0..1, or None for a class that does not occur}.
@@ -252,12 +347,13 @@ def plot_iou(classes, colours, mean):
     axes.barh(rows, [100 * (iou or 0) for iou in classes.values()], 0.7,
               color=np.array(colours[:n]) / 255, edgecolor='black')
     axes.axvline(100 * mean, color='black', linewidth=2)
-    axes.text(100 * mean, -0.6, f'mIoU {100 * mean:.2f}', ha='center',
+    axes.text(100 * mean, -0.6, f'mIoU {100 * mean:.2f} %', ha='center',
               va='bottom', fontsize=12)
     for row, iou in zip(rows, classes.values(), strict=True):
         axes.text(110, row, '-' if iou is None else f'{100 * iou:.2f}',
                   ha='right', va='center', fontsize=12)
     axes.set(xlim=(0, 100), ylim=(n - 0.5, -0.5))
+    axes.set_title('IoU of each class, in per cent', fontsize=14, pad=24)
     axes.set_xlabel('IoU, %', fontsize=12)
     axes.set_yticks(rows, classes, fontsize=12, parse_math=False)
     axes.tick_params('y', length=0)

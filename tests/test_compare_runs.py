@@ -25,6 +25,7 @@ def experiments(small, tmp_path, monkeypatch):
     """A folder of two sibling experiments, trained for 4 steps."""
     around, root = tmp_path / 'around', settings.DATA_ROOT
     before = settings.as_dict()
+    monkeypatch.setattr(train, 'validation_images', lambda *_: ())
     for name, changes in (('EMANet18', {}),
                           ('EMANet18.t1', {'STAGE_NUM': 1, 'LR': 0.002})):
         (around / name).mkdir(parents=True)
@@ -32,7 +33,8 @@ def experiments(small, tmp_path, monkeypatch):
         monkeypatch.chdir(around / name)
         vars(settings).update(before)
         monkeypatch.setattr(sys, 'argv', ['train.py', *words(
-            {'DATA_ROOT': root, 'ITER_VAL': 2, **changes})])
+            {'DATA_ROOT': root, 'ITER_VAL': 2, 'EVAL_SCALES': 0.5,
+             **changes})])
         train.main()
         settings._given.clear()
     return around
@@ -82,14 +84,14 @@ def test_trained_experiments_are_compared(experiments, compare):
     rows, below = compare(experiments)
     assert parse(done.stdout) == (rows, below) and not below
     assert list(rows) == sorted(
-        rows, key=lambda name: -float(rows[name]['best mIoU']))
+        rows, key=lambda name: -float(rows[name]['best mIoU, %']))
     for name, row in rows.items():
         with open(experiments / name / 'logdir' / 'log.csv') as file:
             log = list(csv.DictReader(file))
         best, at = max((float(line['val_mIoU']), -int(line['step']))
                        for line in log if line['val_mIoU'])
-        assert (row['steps'], row['at']) == ('4 of 4', str(-at))
-        assert row['best mIoU'] == f'{100 * best:.2f}'
+        assert (row['steps'], row['at step']) == ('4 of 4', str(-at))
+        assert row['best mIoU, %'] == f'{100 * best:.2f}'
         assert float(row['images/s']) == pytest.approx(np.median(
             [float(line['images_per_s']) for line in log]), abs=0.06)
     assert [*rows['EMANet18'].items()][4:] == [('STAGE_NUM', '3'),
@@ -127,7 +129,7 @@ def folders(tmp_path, monkeypatch):
 
 def test_progress_of_every_state_is_read(folders, compare):
     rows, below = compare('.')
-    columns = 'steps', 'best mIoU', 'at', 'images/s'
+    columns = 'steps', 'best mIoU, %', 'at step', 'images/s'
     assert {name: [row[column] for column in columns]
             for name, row in rows.items()} == {
         'a': ['3 of 4', '50.00', '2', '5.0'],
@@ -140,7 +142,18 @@ def test_progress_of_every_state_is_read(folders, compare):
                      f'now' for name in 'ab']
 
 
+def test_a_folder_that_was_not_started_adds_no_column(folders, compare):
+    """Its settings.py may differ in all: they are not those of a run."""
+    rows, _ = compare('.')
+    assert [*rows['a']][4:] == ['LR']
+    assert {name: row['LR'] for name, row in rows.items()} == {
+        'a': '0.01', 'b': '0.02', 'c': '-', 'd/seed 2': '?', 'e': '-'}
+
+
 def test_each_setting_that_varies_has_a_column(folders, compare):
+    for name in 'ce':
+        (folders / name / 'logdir').mkdir()
+        (folders / name / 'logdir' / 'log.csv').write_bytes(HEAD)
     rows, _ = compare('.')
 
     def column(name):
@@ -169,7 +182,8 @@ def test_one_experiment_and_a_folder_of_logs_are_taken(folders, compare):
     assert list(rows) == ['logdir/seed 2']
 
 
-@pytest.mark.parametrize('garbage', ('[1, 2', '[1]', '7', ''))
+@pytest.mark.parametrize('garbage', ('[1, 2', '[1]', '7', '',
+                                     '[' * 99999))
 def test_garbled_settings_do_no_harm(folders, compare, garbage):
     """What the run recorded cannot be read: its checkpoint's count, and of
     one that cannot be read either, settings.py's."""
@@ -183,17 +197,42 @@ def test_garbled_settings_do_no_harm(folders, compare, garbage):
 
 def test_a_folder_without_experiments_is_refused(tmp_path, monkeypatch,
                                                  capsys):
-    for folder in (tmp_path, 'gone'):
+    for folder, text in ((tmp_path, f'{tmp_path} holds no experiment'),
+                         ('gone', 'gone is no folder')):
         status, line = refused(compare_runs.main, folder,
                                monkeypatch=monkeypatch, capsys=capsys)
-        assert status == 2 and f'{folder} holds no experiment' in line
+        assert status == 2 and text in line
 
 
-def test_it_takes_a_folder_alone(tmp_path):
-    done = run_tool('compare_runs', '..', 'LR=0.1', cwd=tmp_path)
-    assert done.returncode == 2
-    assert 'unrecognized arguments: LR=0.1' in done.stderr
-    assert 'Traceback' not in done.stderr
+def test_experiments_that_were_not_started_are_refused(folders, monkeypatch,
+                                                       capsys):
+    for name in 'abd':
+        shutil.rmtree(name)
+    status, line = refused(compare_runs.main, '.', monkeypatch=monkeypatch,
+                           capsys=capsys)
+    assert status == 2 and '. holds 2 experiments, but none has a' in line
+    assert 'python train.py in c' in line
+
+
+@pytest.mark.parametrize('text', (
+    r"ITER_MAX, LOG_DIR = 1, '\d'", 'LOG_DIR = {[]: 1}\nITER_MAX = 2',
+    'LOG_DIR = ' + '(' * 300 + ')' * 300, 'ITER_MAX = 1 is 1; LOG_DIR = None',
+    '\0', 'x = ' + '-' * 9999 + '1'))
+def test_other_projects_do_no_harm(folders, compare, text, recwarn):
+    """Nor their logs, which have no steps."""
+    (folders / 'x' / 'logs').mkdir(parents=True)
+    (folders / 'x' / 'settings.py').write_text(text)
+    (folders / 'a' / 'logdir' / 'old').mkdir()
+    (folders / 'a' / 'logdir' / 'old' / 'log.csv').write_text('epoch,loss\n')
+    rows, _ = compare('.')
+    assert rows['a']['best mIoU, %'] == '50.00' and 'a/old' not in rows
+    assert rows.get('x', {'LR': '-'})['LR'] == '-' and not recwarn.list
+
+
+def test_it_takes_a_folder_alone(monkeypatch, capsys):
+    status, line = refused(compare_runs.main, '..', 'LR=0.1',
+                           monkeypatch=monkeypatch, capsys=capsys)
+    assert status == 2 and 'LR=0.1' in line
 
 
 def test_a_table_is_aligned():

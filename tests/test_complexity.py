@@ -86,7 +86,7 @@ def test_the_table_agrees_with_the_papers(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize('arguments, message', (
-    (['LP=1'], 'nearest is LR'), (['fast'], 'fast: only KEY=VALUE'),
+    (['LAYERS=1'], 'nearest is N_LAYERS'), (['fast'], 'fast: only KEY=VALUE'),
     (['--quick'], '--quick: only KEY=VALUE'), (['N_LAYERS=51'], '51')))
 def test_bad_words_are_refused(monkeypatch, arguments, message):
     monkeypatch.setattr(sys, 'argv', ['complexity.py', *arguments])

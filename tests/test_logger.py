@@ -7,8 +7,13 @@ import json
 
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import (
+    EventAccumulator,
+)
 
+from files import full_disk
 from lib.logger import Logger
+from utils import RunError
 
 
 def write_log(folder, start, steps):
@@ -33,6 +38,24 @@ def test_log_by_hand(tmp_path):
          'images_per_s': '12.25'}]
     logger.close()
     assert list((tmp_path / 'new').glob('events*'))
+
+
+def test_iou_is_0_to_1_in_the_file_and_per_cent_on_the_board(tmp_path):
+    """A description stands before the first event alone."""
+    logger = Logger(str(tmp_path))
+    for step in (1, 2):
+        logger.log_metrics(step, val_mIoU=0.25, loss=0.5,
+                           **{'IoU/cat': 0.75, 'EM/usage_entropy': 0.125})
+    logger.close()
+    with open(tmp_path / 'log.csv') as file:
+        rows = list(csv.DictReader(file))
+    assert [row['val_mIoU'] for row in rows] == ['0.25'] * 2
+    events = EventAccumulator(str(tmp_path)).Reload()
+    for tag, want in (('Accuracy/val_mIoU', 25), ('IoU/cat', 75),
+                      ('Curves/loss', 0.5), ('EM/usage_entropy', 0.125)):
+        assert [(event.step, event.value) for event in events.Scalars(tag)
+                ] == [(1, want), (2, want)]
+        assert [event.step for event in events.Tensors(tag)] == [1]
 
 
 def test_log_holds_a_float32_loss_in_full(tmp_path):
@@ -62,6 +85,41 @@ def test_a_resume_takes_over_a_log_of_other_columns(tmp_path):
     assert write_log(tmp_path, 2, [3]) == [
         ','.join(Logger.COLUMNS), '1,0.25,,,,,', '2,0.125,,,,,',
         '3,1,0.5,,,,']
+
+
+def test_a_disk_that_fills_is_an_error_at_the_end(tmp_path):
+    """Nothing waits, and no part of a later line is written."""
+    logger = Logger(str(tmp_path))
+    logger.log_metrics(1, loss=0.5)
+    assert not logger.error
+    with full_disk():
+        logger.log_metrics(2, loss=0.25)
+    assert 'File too large' in str(logger.error)
+    logger.log_metrics(3, loss=0.125)
+    logger.add_images(3, [('image', np.zeros((4, 4, 3), np.uint8))] * 30)
+    with pytest.raises(RunError, match=f'LOG_DIR={tmp_path} cannot be writ'):
+        logger.close()
+    assert len((tmp_path / 'log.csv').read_text().splitlines()) == 2
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in events.Scalars('Curves/loss')] == [1]
+
+
+def test_a_disk_that_is_full_at_the_start_is_an_error(tmp_path):
+    with full_disk(), pytest.raises(RunError, match=f'LOG_DIR={tmp_path} '):
+        Logger(str(tmp_path))
+    logger = Logger(str(tmp_path))
+    with full_disk(), pytest.raises(RunError, match='is the disk full'):
+        logger.log_settings({'LR': 0.1})
+
+
+def test_a_disk_with_room_for_a_part_of_a_line(tmp_path):
+    """The part is no row: its loss would be 0."""
+    logger = Logger(str(tmp_path))
+    with full_disk((tmp_path / 'log.csv').stat().st_size + 3):
+        logger.log_metrics(1, loss=0.5)
+    assert logger.error
+    assert (tmp_path / 'log.csv').read_text().endswith('\n1,0')
+    assert write_log(tmp_path, 1, [3])[1:] == ['3,1,0.5,,,,']
 
 
 def test_settings_are_written_beside_the_log(tmp_path):

@@ -98,7 +98,7 @@ def test_gradient_norm(small, is_scaled):
     metrics = train.step_metrics(net, loss.detach(), optimizer, scaler)
     assert metrics['grad_norm'].item() == pytest.approx(want, rel=1e-5)
     assert {f'EM/{name}' for name in EM_METRICS} < set(metrics)
-    [(step, row)], is_stopping = train.read_metrics(
+    [(step, row)], is_stopping = train.run.read_metrics(
         [(7, ['a', 'b'], 0.5, metrics)], stop=True)
     assert is_stopping and step == 7 and row['lr'] == 0.5
     assert list(row) == [*metrics, 'lr']
@@ -132,9 +132,12 @@ def test_tensorboard_has_what_a_run_did(small, monkeypatch):
     rows = run_train(monkeypatch)
     events = read_events('logdir')
     tags = events.Tags()
-    for name in Logger.COLUMNS[1:]:
-        assert scalars(events, f'Curves/{name}') == pytest.approx({
-            int(row['step']): float(row[name]) for row in rows if row[name]})
+    for name in Logger.COLUMNS[1:]:     # mIoU is in per cent on the board
+        group, unit = (('Accuracy', 100) if 'IoU' in name
+                       else ('Curves', 1))
+        assert scalars(events, f'{group}/{name}') == pytest.approx({
+            int(row['step']): unit * float(row[name])
+            for row in rows if row[name]})
     for name in EM_METRICS:
         values = scalars(events, f'EM/{name}').values()
         assert len(values) == 4 and all(0 < value < 1 for value in values)
@@ -144,8 +147,15 @@ def test_tensorboard_has_what_a_run_did(small, monkeypatch):
     iou = utils.scores(eval.evaluate(net, data))['IoU']
     names, _ = read_classes(settings.DATA_ROOT, 6)
     for name, want in zip(names, iou, strict=True):
-        assert scalars(events, f'IoU/{name}')[4] == pytest.approx(want)
+        assert scalars(events, f'IoU/{name}')[4] == pytest.approx(100 * want)
     assert 'IoU_average/disc' in tags['scalars']
+    assert min(tags['scalars']) == 'Accuracy/val_mIoU'  # first in HParams
+    for tag in tags['scalars']:
+        metadata_of_tag = events.SummaryMetadata(tag)
+        text = metadata_of_tag.summary_description
+        assert len(text) > 20, tag
+        assert ('in per cent' in text) == ('IoU' in tag)
+        assert metadata_of_tag.display_name == tag + ', %' * ('IoU' in tag)
 
     shown = {f'{kind}/{data.ids[i]}' for kind in ('Val', 'ValBases')
              for i in (0, 1, 2, 4)}             # 4 of 5, evenly

@@ -2,7 +2,9 @@
 
     python -m pytest tests/test_visualize.py
 """
+import logging
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from lib import visualize
 
 DARKEST, NO_PIXELS = (8, 48, 107), (224, 224, 224)  # cells of plot_confusion
 RED = [200, 10, 10]
+SHOWN = 350                 # pixels that TensorBoard shows a page wide
 
 
 def is_colour(page, colour):
@@ -59,6 +62,15 @@ def test_legend_wraps_at_its_width():
     assert is_colour(strip, [0, 0, 9]).sum() == 9 * 13 ** 2
 
 
+def test_legend_is_as_wide_as_its_longest_name():
+    strip = visualize.legend(50, ['a', 'a name of some thirty letters'],
+                             [[0, 0, 9]] * 2)
+    assert strip.shape[1] > 150 and (strip[:, -1] == 255).all()
+    page = visualize.overlay(np.zeros((9, 9, 3), np.uint8), np.eye(9),
+                             ['a', 40 * 'long '], [[0, 0, 9], RED])
+    assert page.shape[1] > 350
+
+
 def test_sample_is_drawn_in_the_classes_colours():
     """Image, label, prediction and error of halves: left void, right wrong
     below."""
@@ -68,10 +80,12 @@ def test_sample_is_drawn_in_the_classes_colours():
     red, blue = [200, 0, 0], [0, 0, 200]
     page = visualize.draw_sample(image, label, pred, ['ground', 'cat', 'dog'],
                                  [red, blue, [0, 99, 0]])
-    step, void = (page.shape[1] - 6) // 4, [224, 224, 192]
+    step, void = (page.shape[1] - 6) // 2, [224, 224, 192]
+    line = visualize.caption_size(image, 2) + 8
 
     def at(panel, row, column):
-        return page[6 + row, 6 + panel * step + column].tolist()
+        return page[6 + panel // 2 * (256 + line) + row,
+                    6 + panel % 2 * step + column].tolist()
     assert at(0, 50, 50) == at(0, 200, 200) == [100] * 3
     assert [at(1, 50, 50), at(1, 50, 200), at(1, 200, 200)] == [
         void, blue, red]
@@ -79,7 +93,7 @@ def test_sample_is_drawn_in_the_classes_colours():
         red, blue, blue]
     assert [at(3, 50, 50), at(3, 50, 200), at(3, 200, 200)] == [
         void, [178] * 3, [220, 20, 20]]
-    legend = page[290:].reshape(-1, 3).tolist()
+    legend = page[6 + 2 * (256 + line):].reshape(-1, 3).tolist()
     assert red in legend and blue in legend and void in legend
     assert [0, 99, 0] not in legend             # no dog
 
@@ -91,15 +105,73 @@ def test_heat_map_is_bright_where_attention_is():
     assert page[3, 3].sum() > 2 * page[3, 5].sum()
 
 
+def test_colour_bar_runs_from_0_to_its_top_with_a_tick_at_the_uniform_value():
+    """Its colours are those of a heat map; the tick is at a quarter."""
+    bar = visualize.colour_bar(400, 0.4, 0.1, 20)
+    row = bar[len(bar) // 2].astype(int)
+    left = int(visualize.ImageFont.load_default(20).getlength('0')) + 6
+    right = np.flatnonzero(np.ptp(row, 1) > 60)[-1] + 1     # of its colours
+    tick = left + np.flatnonzero((row[left:right] == 255).all(1))
+    assert len(tick) == 3
+    assert abs(tick[1] - (left + (right - left) / 4)) <= 1
+    grey = np.full((1, 2, 3), 128, np.uint8)
+    low, high = visualize.heat_map(grey, np.array([[0, 1]]))[0]
+    assert (row[left + 1] == low).all() and (row[right - 1] == high).all()
+    assert (visualize.colour_bar(400, 0.4, 0.4, 20) != bar).any()
+
+
+@pytest.mark.parametrize('weight', (0.0, 0.004))
+def test_map_below_the_uniform_value_is_dark(weight):
+    """A basis that nothing belongs to does not look as one that attends."""
+    image = np.zeros((256, 256, 3), np.uint8)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')          # 0 / 0
+        page = visualize.draw_attention(
+            image, [3], [weight], np.full((1, 1, 256, 256), weight), 64)
+    panel = page[6:262, page.shape[1] // 2 + 20:][:, :200]
+    assert panel.max() < 120
+
+
+def test_captions_are_readable_at_the_size_that_tensorboard_shows():
+    for shape in ((375, 500), (500, 375), (97, 97)):
+        image, label = np.zeros((*shape, 3), np.uint8), np.zeros(shape,
+                                                                 np.uint8)
+        small = visualize.fit_panel(image)
+        maps = np.ones((1, 8, *small.shape[:2]))
+        for columns, page in (
+                (2, visualize.draw_sample(image, label, label, ['a'], [RED])),
+                (3, visualize.draw_attention(image, range(8), [0.1] * 8, maps,
+                                             64))):
+            size = visualize.caption_size(small, columns)
+            assert size * SHOWN / page.shape[1] > 9
+
+
+@pytest.mark.parametrize('size', ((200, 1), (1, 200), (2000, 9), (1, 1)))
+@pytest.mark.parametrize('n', (2, 150))
+def test_pages_of_very_narrow_and_very_wide_images(size, n):
+    names = [f'{i}: a class with quite a long name' for i in range(n)]
+    colours = np.random.default_rng(0).integers(1, 255, (n, 3)).tolist()
+    image, label = np.zeros((*size, 3), np.uint8), np.zeros(size, np.uint8)
+    maps = np.ones((2, 3, *visualize.fit_panel(image).shape[:2])) / 2
+    for page in (
+            visualize.overlay(image, label, names, colours, all_classes=True),
+            visualize.draw_sample(image, label, label, names, colours),
+            visualize.draw_attention(image, [0, 1, 2], [0.1] * 3, maps, 8),
+            visualize.draw_em(image, [0, 1, 2], maps, 8)):
+        assert page.dtype == np.uint8 and page.shape[2] == 3
+        assert page.shape[1] > 100 and max(page.shape) < 65500   # JPEG's most
+
+
 def test_em_page_has_a_row_per_basis_and_a_column_per_iteration():
     """Each row has one scale: its maximum is as bright everywhere."""
     image = np.zeros((128, 256, 3), np.uint8)
     maps = np.zeros((3, 2, 128, 256))           # (T, bases, h, w)
     maps[:, 0], maps[2, 1, :, 128:] = [[[0.1]], [[0.2]], [[0.4]]], 0.05
-    page = visualize.draw_em(image, [5, 2], maps)
-    width, height, gap, line = 256, 128, 6, 22
-    assert page.shape == (gap + 2 * (height + line), gap + 4 * (width + gap),
-                          3)
+    page = visualize.draw_em(image, [5, 2], maps, 64)
+    size = visualize.caption_size(image, 4)
+    width, height, gap, line = 256, 128, 6, 2 * (size + 8)  # bar, caption
+    assert page.shape[1] == gap + 4 * (width + gap)
+    assert page.shape[0] > gap + 2 * (height + line) + size  # and a note
 
     def at(row, column, x):
         return int(page[gap + row * (height + line) + 50,
@@ -165,6 +237,25 @@ def test_class_without_iou_is_a_dash_beside_the_axes():
     assert differs[1] > left                    # '-' for '0.00'
     ink = [(p[differs[0]:differs[2], differs[1]:] < 128).sum() for p in page]
     assert 0 < ink[0] < ink[1] / 4
+
+
+def test_charts_are_titled_with_their_unit(monkeypatch):
+    monkeypatch.setattr(visualize, 'render', lambda figure: figure)
+    confusion = visualize.plot_confusion(np.eye(2), ['a', 'b'])
+    assert "% of the label's pixels" in confusion.axes[0].get_title()
+    iou = visualize.plot_iou({'a': 0.5}, [RED], 0.5)
+    assert 'IoU of each class, in per cent' in iou.axes[0].get_title()
+    assert any(text.get_text() == 'mIoU 50.00 %' for text in iou.axes[0].texts)
+
+
+def test_charts_write_no_text_of_the_library(capfd, caplog, recwarn):
+    """Of names that its font lacks, of its cache."""
+    for name in ('\u732b', '\u05d7\u05ea\u05d5\u05dc', '$x_$', '_cat'):
+        assert visualize.plot_iou({name: 0.5}, [RED], 0.5).any()
+        assert visualize.plot_confusion([[1]], [name]).any()
+    logging.getLogger('matplotlib.font_manager').warning('fonts')
+    assert not recwarn.list and not caplog.records
+    assert capfd.readouterr() == ('', '')
 
 
 def test_charts_are_drawn_without_a_display(monkeypatch):

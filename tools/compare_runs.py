@@ -3,12 +3,11 @@
     python -m tools.compare_runs DIR
 
 DIR holds folders of experiments, or is one, or is a folder of logs. Prints a
-Markdown table of the runs, best mIoU first, with a column for each setting
-that varies; `?` is a setting that a run's version lacks, or that is unknown.
-The settings.py of other folders is read, never run.
+Markdown table of the runs, best mIoU (in per cent) first, with a column for
+each setting that varies among those that have started; `?` is a setting that a
+run's version lacks, or that is unknown. Writes nothing; the settings.py of
+other folders is read, never run.
 """
-import argparse
-import ast
 import csv
 import glob
 import json
@@ -17,10 +16,12 @@ import os
 import statistics
 
 from lib.checkpoint import load
+from lib.experiments import is_experiment, read_settings
 from tools.measure import markdown_table
-from utils import UserError, run_main
+from utils import UserError, make_parser, plural, run_main
 
 PLACES = ('LOG_DIR', 'MODEL_DIR')    # where a run writes: no difference
+COLUMNS = 'experiment', 'steps', 'best mIoU, %', 'at step', 'images/s'
 
 
 # ------------------------------------------------- finding runs
@@ -47,38 +48,25 @@ def find_runs(folder):
                     (None, log) for log in find_logs(folder)}
 
 
-def is_experiment(folder):
-    """Tell whether a folder has a settings.py of this project."""
-    return {'ITER_MAX', 'LOG_DIR'} <= set(read_settings(folder))
-
-
 def find_logs(folder):
-    """Return the folders of log.csv, at most two below this one."""
+    """Return the folders of this project's log.csv, at most two below this
+    one."""
     return sorted(os.path.dirname(path) for depth in ('', '*', '*/*')
                   for path in glob.glob(os.path.join(
-                      glob.escape(folder), depth, 'log.csv')))
+                      glob.escape(folder), depth, 'log.csv'))
+                  if is_log(path))
+
+
+def is_log(path):
+    """Tell whether a log.csv has a column of steps."""
+    try:
+        with open(path, errors='replace') as file:
+            return 'step' in file.readline().strip().split(',')
+    except OSError:
+        return False
 
 
 # ------------------------------------------------- settings
-def read_settings(folder):
-    """Return {name: value} of a folder's settings.py, the text of a value
-    that is no literal; {} without one that can be parsed."""
-    try:
-        with open(os.path.join(folder, 'settings.py'), 'rb') as file:
-            statements = ast.parse(file.read()).body
-    except (OSError, SyntaxError, ValueError):
-        return {}
-    found = {}
-    for statement in statements:
-        target = getattr(statement, 'targets', [None])[0]
-        if isinstance(target, ast.Name) and target.id[0] != '_':
-            try:
-                found[target.id] = ast.literal_eval(statement.value)
-            except ValueError:
-                found[target.id] = ast.unparse(statement.value)
-    return found
-
-
 def settings_of_run(place, log):
     """Return (settings of a run, whether they are settings.py's of today).
 
@@ -89,7 +77,7 @@ def settings_of_run(place, log):
         try:
             with open(os.path.join(log, 'settings.json')) as file:
                 return dict(json.load(file)), False
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, RecursionError):
             pass
     stated = read_settings(place) if place else {}
     for name in ('final', 'latest') if log and stated else ():
@@ -103,7 +91,7 @@ def settings_of_run(place, log):
 
 def varying_settings(records):
     """Return the names of the settings that differ among the runs whose
-    settings are known; one that some runs lack differs, too."""
+    settings are known; one that some of these lack differs, too."""
     known = [values for values in records if values]
     names = dict.fromkeys(name for values in known for name in values)
     return [name for name in names if name not in PLACES
@@ -173,31 +161,42 @@ def compare(folder):
     """Print the table of the runs in a folder; raise UserError without any.
     """
     runs = find_runs(folder)
-    if not runs:
-        raise UserError(f'{folder} holds no experiment: no folder in it has '
-                        f'a settings.py of this project or a log.csv; name '
-                        f'the folder around your experiments')
+    check_runs(folder, runs)
     found = {name: progress_of(log) for name, (_, log) in runs.items()}
     records = {name: settings_of_run(*run) for name, run in runs.items()}
-    varying = varying_settings([values for values, _ in records.values()])
+    varying = varying_settings([records[name][0] for name, (_, log)
+                                in runs.items() if log])
     rows = []
     for name in sorted(runs, key=lambda name: (
             -found[name]['best'], found[name]['step'] is None, name)):
-        values, _ = records[name]
+        values, has_started = records[name][0], runs[name][1]
         rows.append([name, *show_progress(found[name], values), *(
-            show_setting(values, setting) for setting in varying)])
-    print(markdown_table(['experiment', 'steps', 'best mIoU', 'at',
-                          'images/s', *varying], rows))
+            show_setting(values, setting) if has_started else '-'
+            for setting in varying)])
+    print(markdown_table([*COLUMNS, *varying], rows))
     for name, (_, is_of_today) in records.items():
         if is_of_today:
             print(f'{name}: its settings are those that settings.py has now')
 
 
+def check_runs(folder, runs):
+    """Raise UserError unless there is a run that has started."""
+    if not os.path.isdir(folder):
+        raise UserError(f'{folder} is no folder; name the folder around your '
+                        f'experiments')
+    if not runs:
+        raise UserError(f'{folder} holds no experiment: no folder in it has '
+                        f'a settings.py of this project or a log.csv; name '
+                        f'the folder around your experiments')
+    if not any(log for _, log in runs.values()):
+        raise UserError(f'{folder} holds {plural(len(runs), "experiment")}, '
+                        f'but none has a log.csv in its LOG_DIR: train first '
+                        f'(python train.py in {next(iter(runs))})')
+
+
 def main():
     """Compare the runs in the folder that the command line names."""
-    parser = argparse.ArgumentParser(
-        prog='python -m tools.compare_runs', description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument('folder', metavar='DIR')
     compare(parser.parse_args().folder)
 

@@ -4,7 +4,8 @@
     python -m tools.complexity --measure [KEY=VALUE ...]
 
 Counts on the meta device, where nothing is allocated, take seconds. --measure
-runs each head in a process of its own, at CROP_SIZE and BATCH_SIZE.
+runs each head in a process of its own, at CROP_SIZE and BATCH_SIZE. Prints a
+Markdown table; writes nothing.
 """
 import argparse
 import subprocess
@@ -20,7 +21,7 @@ import settings
 import train
 from lib.cost import complexity, peak_memory
 from tools.measure import Stopwatch, markdown_table
-from utils import RunError, run_main
+from utils import RunError, make_parser, run_main
 
 # Table 1 (ResNet-101, output stride 8, 513 x 513): the settings of a row; its
 # MACs (G), "memory" (M) and parameters (M), from the second row on what a
@@ -38,7 +39,8 @@ ROWS = {'ResNet': ({'HEAD': 'fcn'}, (190.6, 2603.0, 42.6)),
 COUNTS = ('Table 1: MACs (G)', 'memory (M)', 'params (M)',
           "paper's conventions: MACs (G)", 'params (M)', 'as built: MACs (G)',
           'params (M)', 'activations (M)')
-MEASURES = ('inference s', 'peak GiB', 'training step s', 'peak GiB')
+MEASURES = ('inference, s', 'its peak, GiB', 'training step, s',
+            'its peak, GiB')
 
 
 # ------------------------------------------------- counted
@@ -96,7 +98,7 @@ def print_counts():
             f'{counted["macs"] / 1e9:.2f}', f'{counted["params"] / 1e6:.3f}',
             f'{built["macs"] / 1e9:.2f}', f'{built["params"] / 1e6:.3f}',
             f'{built["activations"] / 1e6:.1f}'])
-    print(markdown_table(['', *COUNTS], rows))
+    print(markdown_table(['head', *COUNTS], rows))
 
 
 def describe_network():
@@ -161,16 +163,12 @@ def print_measures(words):
                            f'{done.returncode}; a smaller CROP_SIZE or '
                            f'BATCH_SIZE needs less memory')
         rows.append([row, *done.stdout.split()])
-    print(markdown_table(['', *MEASURES], rows))
+    print(markdown_table(['head', *MEASURES], rows))
 
 
 def main():
     """Count, or measure, by the command line."""
-    parser = argparse.ArgumentParser(
-        prog='python -m tools.complexity', description=__doc__,
-        usage='%(prog)s [--measure] [KEY=VALUE ...]',
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=settings.describe())
+    parser = make_parser(__doc__, settings.describe())
     parser.add_argument('--measure', action='store_true',
                         help='memory and time instead of counts')
     parser.add_argument('--measure-one', action='store_true',
