@@ -15,10 +15,12 @@ import torch
 import settings
 import utils
 from lib.images import read_classes, voc_palette
+from lib.integrity import DIGEST, digest, find_damage, is_weights, remedy
 from utils import RunError, UserError, first_line, log
 
 # what a checkpoint is scored on
 DATA_SETTINGS = 'DATA_ROOT', 'VAL_SPLIT', 'IGNORE_LABEL', 'EVAL_CLASSES'
+METADATA = 'classes', 'colours', 'mean', 'std', 'step', 'git', 'settings'
 
 
 # ------------------------------------------------- files
@@ -57,11 +59,15 @@ def check_writable(name, folder):
 def load(path):
     """Read a file that torch.save wrote; tensors and plain values only.
 
-    Raises UserError for a file that is missing, truncated, no such file at
+    Raises UserError for a file that is missing, damaged, no such file at
     all, or holds anything that could run code.
     """
+    path = str(path)
     if not os.path.isfile(path):
         raise UserError(f'{path} is not there')
+    damage = find_damage(path)
+    if damage:
+        raise UserError(f'{path} {damage}; {remedy(path)}')
     try:
         return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:      # unpickling fails in a dozen ways
@@ -70,7 +76,7 @@ def load(path):
                             f'values, and is not loaded: it could run any '
                             f'code. Take it from another source') from None
         raise UserError(f'{path} is truncated or no file of weights; '
-                        f'fetch or save it again') from None
+                        f'{remedy(path)}') from None
 
 
 def read_checkpoint(path):
@@ -79,21 +85,37 @@ def read_checkpoint(path):
     Raises UserError, as load does and for files without a network.
     """
     if path.endswith('.safetensors'):
-        safetensors = utils.import_optional('safetensors')
-        try:
-            with safetensors.safe_open(path, 'pt') as file:
-                return {'net': {key: file.get_tensor(key)
-                                for key in file.keys()},
-                        **decode_metadata(file.metadata() or {})}
-        except Exception as error:          # of its own classes, or JSON's
-            raise UserError(f'{path} is truncated or no file of weights '
-                            f'({error})') from None
+        return _read_safetensors(path)
     checkpoint = load(path)
     if not isinstance(checkpoint, dict) or not isinstance(
             checkpoint.get('net'), dict):
         raise UserError(f'{path} is no checkpoint of a network: it has no '
                         f'"net". Backbone weights go into PRETRAINED')
+    for name in ('net', 'average'):
+        if name in checkpoint and not is_weights(checkpoint[name]):
+            raise UserError(f'{path} is no checkpoint of a network: its '
+                            f'"{name}" is no dict of tensors; take another')
     return checkpoint
+
+
+def _read_safetensors(path):
+    """Return the checkpoint that a .safetensors file holds; its digest, which
+    tools.export writes, is checked."""
+    safetensors = utils.import_optional('safetensors')
+    try:
+        with safetensors.safe_open(path, 'pt') as file:
+            texts = file.metadata() or {}
+            net = {key: file.get_tensor(key) for key in file.keys()}
+    except Exception:       # of its own classes, in words of its own
+        raise UserError(f'{path} is truncated or no file of weights; '
+                        f'{remedy(path)}') from None
+    if not is_weights(net):
+        raise UserError(f'{path} holds other numbers than weights; take '
+                        f'another file')
+    if DIGEST in texts and texts[DIGEST] != digest(net, texts):
+        raise UserError(f'{path} is damaged: its checksum does not match; '
+                        f'{remedy(path)}')
+    return {'net': net, **decode_metadata(texts, path)}
 
 
 def final_in(folder):
@@ -155,15 +177,23 @@ def encode_metadata(checkpoint):
         'settings': {**settings.network_settings(), **data}}.items()}
 
 
-def decode_metadata(texts):
+def decode_metadata(texts, path):
     """Return the entries of a checkpoint that encode_metadata wrote; {} for
-    the texts of a file from elsewhere."""
-    if 'settings' not in texts:
+    the texts of a file from elsewhere. What other programs have added is left
+    out. path: the file's. Raises UserError for what is no JSON."""
+    if not {'classes', 'colours', 'settings'} <= texts.keys():
         return {}
-    found = {name: json.loads(text) for name, text in texts.items()}
-    found['settings'] = {                               # JSON has no tuples
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in found['settings'].items()}
+    found = {}
+    for name in [name for name in METADATA if name in texts]:
+        try:
+            found[name] = json.loads(texts[name])
+        except (ValueError, RecursionError):
+            raise UserError(f'{path}: "{name}" in its metadata is no JSON; '
+                            f'export it again') from None
+    if isinstance(found['settings'], dict):             # JSON has no tuples
+        found['settings'] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in found['settings'].items()}
     return found
 
 
@@ -173,21 +203,34 @@ class OnnxNetwork(torch.nn.Module):
 
     def __init__(self, path):
         super().__init__()
-        runtime = utils.import_optional('onnxruntime')
+        runtime, self.path = utils.import_optional('onnxruntime'), path
         options = runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 4      # what fails is said here
         try:
             self.session = runtime.InferenceSession(
                 path, options, providers=['CPUExecutionProvider'])
-        except Exception as error:      # of its own classes
-            raise UserError(f'{path} cannot be run by onnxruntime '
-                            f'({first_line(error)})') from None
-        self.recorded = decode_metadata(
-            self.session.get_modelmeta().custom_metadata_map)
+            texts = self.session.get_modelmeta().custom_metadata_map
+        except Exception:               # of its own classes
+            raise self._damaged() from None
+        self.recorded = decode_metadata(texts, path)
 
     def forward(self, image):
-        logits, = self.session.run(None, {'image': image.numpy()})
+        wanted = len(image), settings.N_CLASSES, *image.shape[2:]
+        try:
+            logits, = self.session.run(None, {'image': image.numpy()})
+        except Exception as error:
+            if 'alloc' in str(error):   # too large an image
+                raise MemoryError from None
+            raise self._damaged() from None
+        if logits.shape != wanted:
+            raise self._damaged()
         return torch.from_numpy(logits)
+
+    def _damaged(self):
+        return UserError(f'{self.path} cannot be run by onnxruntime: it is '
+                         f'damaged, or no network of tools.export; '
+                         f'{remedy(self.path)}')
 
 
 # ------------------------------------------------- weights into a network
@@ -221,9 +264,10 @@ def load_matching(net, state, name):
 def check_keys(own, given, name, is_partial=False):
     """Raise UserError unless the weights `given` are those that `own` has,
     and finite; is_partial: some may be missing, but not all."""
-    if not all(isinstance(value, torch.Tensor) for value in given.values()):
-        raise UserError(f'{name} is no file of weights: it holds '
-                        f'{summarize_keys(given)}')
+    if not is_weights(given):
+        holds = (summarize_keys(given) if isinstance(given, dict)
+                 else f'a {type(given).__name__}')
+        raise UserError(f'{name} is no file of weights: it holds {holds}')
     errors, missing = [], missing_keys(own, given)
     if missing and not (is_partial and own.keys() & given.keys()):
         errors.append(f'lacks {summarize_keys(missing)}')
@@ -277,7 +321,8 @@ def missing_keys(own, given):
 def summarize_keys(keys, most=4):
     """Return keys of a state_dict in words; where they are many, by module:
     'extractor.7 (25 tensors), fc2 (2 tensors)'."""
-    keys = [str(key) for key in keys]
+    keys = [' '.join(key.split())[:80] if isinstance(key, str)
+            else f'a {type(key).__name__}' for key in keys]
     if len(keys) <= most:
         return ', '.join(keys)
     for depth in (3, 2, 1):

@@ -101,7 +101,11 @@ def find_weights():
     folder, digest = KNOWN[name]
     path = os.path.join(WEIGHTS_DIR, f'{name}.pth')
     if os.path.exists(path):
-        check_hash(path, digest)
+        try:
+            check_hash(path, digest)
+        except UserError as error:
+            raise UserError(f'{error}; remove it, and it is fetched again'
+                            ) from None
     else:
         download(f'{folder}{name}.pth', path, digest)
     return path

@@ -5,29 +5,103 @@ come from settings.py is logged with its source.
 import os
 
 import settings
-from lib.images import read_class_file
+from lib.checkpoint import DATA_SETTINGS
+from lib.images import CONTROL, is_class_name, read_class_file
 from utils import UserError, log
 
 
+def check_record(recorded, checkpoint, path):
+    """Raise UserError unless what a checkpoint records, and what is taken
+    from it, is what a run could have written.
+
+    Args: as of adopt_network.
+    """
+    if not isinstance(recorded, dict):
+        raise UserError(f'{path} is spoilt: its settings are a '
+                        f'{type(recorded).__name__}, no dict; take another '
+                        f'checkpoint')
+    for name in (*settings.network_settings(), *DATA_SETTINGS, 'MODEL_DIR',
+                 'LOG_DIR'):
+        if name in recorded:
+            _check_setting(name, recorded[name], path)
+    n = recorded.get('N_CLASSES', settings.N_CLASSES)
+    step, git, error = checkpoint.get('step'), checkpoint.get('git', ''), ''
+    if not (step is None or type(step) is int and 0 <= step < 2 ** 63):
+        error = 'its step is no number of steps'
+    elif not (isinstance(git, str) and _is_plain(git)):
+        error = 'its commit is no line of text'
+    elif {'classes', 'colours'} & checkpoint.keys() and not (
+            _are_classes(checkpoint.get('classes'), n)
+            and _are_colours(checkpoint.get('colours'), n)):
+        error = f'its classes are no {n} names with a colour each'
+    if error:
+        raise UserError(f'{path} is spoilt: {error}; take another checkpoint')
+
+
+def _check_setting(name, value, path):
+    """Raise UserError unless a recorded value is one that a setting can have.
+    """
+    if not _is_plain(value):            # nothing that a message could show
+        raise UserError(f'{path} is spoilt: what it records as {name} is no '
+                        f'value of a setting; take another checkpoint')
+    try:
+        settings.check_value(name, value, f'{path}: ')
+    except settings.SettingError as error:
+        raise UserError(f'{error}; take another checkpoint') from None
+
+
+def _is_plain(value):
+    """Tell whether a value is a number, a short line, or a short list of
+    these."""
+    if isinstance(value, (list, tuple)):
+        return len(value) <= 256 and all(
+            _is_plain(each) and not isinstance(each, (list, tuple))
+            for each in value)
+    if isinstance(value, str):
+        return len(value) < 4096 and not CONTROL.search(value)
+    return type(value) in (bool, float) or (
+        type(value) is int and abs(value) < 2 ** 63)
+
+
+def _are_classes(names, n):
+    """Tell whether a value is a list of n class names."""
+    return isinstance(names, list) and len(names) == n and all(
+        isinstance(name, str) and is_class_name(name) for name in names)
+
+
+def _are_colours(colours, n):
+    """Tell whether a value is a list of n colours [r, g, b], 0..255."""
+    return isinstance(colours, list) and len(colours) == n and all(
+        isinstance(colour, (list, tuple)) and len(colour) == 3 and all(
+            type(x) is int and 0 <= x < 256 for x in colour)
+        for colour in colours)
+
+
 def adopt_network(recorded, checkpoint, path):
-    """Take the network's settings and EVAL_CLASSES from a record; check all
-    settings.
+    """Take the network's settings and EVAL_CLASSES from a record, which is
+    checked first; check all settings.
 
     Args:
         recorded: {name: value} of settings.
         checkpoint: its other entries, such as 'classes'.
         path: the checkpoint's, for messages.
-    Raises: UserError where the command line names other classes.
+    Raises: UserError where the record is none, or the command line names
+    other classes.
     """
+    check_record(recorded, checkpoint, path)
     n, given = recorded.get('N_CLASSES'), settings.given().get('N_CLASSES')
     if n and given and n != given:
         found = _trained_on(checkpoint, n, path)
         raise UserError(f'N_CLASSES={given}: {found}, and its weights are of '
                         f'that size; leave N_CLASSES out')
-    for name, value in settings.adopt(recorded).items():
-        log(f'{name} = {value!r} ({path})')
-    _adopt('EVAL_CLASSES', recorded, path)
-    settings.validate()
+    changed = (*_adopt(None, recorded, path),
+               *_adopt(['EVAL_CLASSES'], recorded, path))
+    try:
+        settings.validate()
+    except settings.SettingError as error:
+        if str(error).startswith(changed):
+            raise UserError(f'{path}: {error}') from None
+        raise
 
 
 def adopt_data(checkpoint, path):
@@ -40,10 +114,9 @@ def adopt_data(checkpoint, path):
     recorded = checkpoint.get('settings') or {}
     root = recorded.get('DATA_ROOT', settings.DATA_ROOT)
     if os.path.isdir(root):
-        _adopt('DATA_ROOT', recorded, path)
+        _adopt(['DATA_ROOT'], recorded, path)
     if _is_same(root, settings.DATA_ROOT):
-        _adopt('VAL_SPLIT', recorded, path)
-        _adopt('IGNORE_LABEL', recorded, path)
+        _adopt(['VAL_SPLIT', 'IGNORE_LABEL'], recorded, path)
     elif 'DATA_ROOT' not in settings.given():
         log(f'{path} was trained on {root}, which is not here: '
             f'DATA_ROOT = {settings.DATA_ROOT!r} (settings.py)')
@@ -70,13 +143,13 @@ def report_folder(checkpoint, path):
     return os.path.join(settings.LOG_DIR, 'eval', name.replace(os.sep, '-'))
 
 
-def _adopt(name, recorded, path):
-    """Set a setting as a record has it, unless the command line gave it; log
-    a change."""
-    value = recorded.get(name, getattr(settings, name))
-    if name not in settings.given() and value != getattr(settings, name):
-        setattr(settings, name, value)
+def _adopt(names, recorded, path):
+    """Take settings as settings.adopt does; log and return what this
+    changed."""
+    changed = settings.adopt(recorded, names)
+    for name, value in changed.items():
         log(f'{name} = {value!r} ({path})')
+    return changed
 
 
 def _trained_on(checkpoint, n, path):

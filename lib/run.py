@@ -12,15 +12,16 @@ import torch.distributed as dist
 
 import settings
 import utils
+from lib import signals
 from lib.checkpoint import load, load_strict, not_finite, summarize_keys
 from lib.cost import available_memory
 from lib.distributed import (
     count_workers,
     describe_device,
     gather,
-    is_spawned,
 )
 from lib.images import read_classes
+from lib.recorded import check_record
 from utils import RunError, UserError, log, plural, world
 
 # what latest.pth holds, and of which type
@@ -36,14 +37,7 @@ def command(**changes):
              if word.partition('=')[0] not in changes]
     words += [f'{name}={value}' for name, value in changes.items()
               if value is not None]
-    return shlex.join(['python', os.path.relpath(sys.argv[0]), *words])
-
-
-def resume_command():
-    """Return what to type to resume this run, in words."""
-    if utils.is_launched() and not is_spawned():
-        return 'the same torchrun command resumes'
-    return f'to resume: {command()}'
+    return signals.command(*words)
 
 
 def continue_command(path):
@@ -111,8 +105,12 @@ def lock_folders(is_trial=False):
         path = os.path.join(folder, '.lock')
         if is_trial and not os.path.exists(path):
             continue
-        os.makedirs(folder, exist_ok=True)
-        file = open(path, 'a+')
+        try:
+            os.makedirs(folder, exist_ok=True)
+            file = open(path, 'a+')
+        except OSError as error:
+            raise RunError(f'{path} cannot be written ({error.strerror}); '
+                           f'set {name} to another folder') from None
         try:    # not flock, which loader processes would inherit and keep
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -230,6 +228,7 @@ def read_latest(path):
     if lost:
         raise UserError(f'{path} is no run to resume: its {", ".join(lost)} '
                         f'cannot be read. Move it away to start anew')
+    check_record(state['settings'], state, path)
     unknown = sorted(set(state['settings']) - set(settings.as_dict()))
     if unknown:
         raise UserError(f'{path} is of a version with other settings '

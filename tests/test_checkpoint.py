@@ -188,7 +188,7 @@ def test_metadata_round_trip(small):
              'step': 7, 'git': 'abc'}
     texts = checkpoint.encode_metadata(given)
     assert all(isinstance(text, str) for text in texts.values())
-    found = checkpoint.decode_metadata(texts)
+    found = checkpoint.decode_metadata(texts, 'f')
     assert {name: found[name] for name in given} == given
     assert found['settings'] == settings.network_settings()
     assert type(found['settings']['MEAN']) is tuple
@@ -197,13 +197,15 @@ def test_metadata_round_trip(small):
 
 
 def test_metadata_of_a_published_checkpoint_is_that_of_the_data_set(small):
-    found = checkpoint.decode_metadata(checkpoint.encode_metadata({}))
+    found = checkpoint.decode_metadata(
+        checkpoint.encode_metadata({}), 'f')
     assert found['classes'][0] == 'background' and found['step'] is None
     assert len(found['classes']) == len(found['colours']) == 6
 
 
 def test_metadata_of_others_is_left_alone():
-    assert checkpoint.decode_metadata({'format': 'pt', 'step': 'x'}) == {}
+    texts = {'format': 'pt', 'step': 'x', 'settings': 'fast'}
+    assert checkpoint.decode_metadata(texts, 'f') == {}
 
 
 def test_a_safetensors_file_is_read_with_its_metadata(small, tmp_path):

@@ -6,7 +6,8 @@
 CHECKPOINT is models/final.pth if not named. The ONNX file is checked against
 PyTorch on the images, at the first of EVAL_SCALES, or on two generated ones.
 Class names, colours, mean, std, the settings of the network and its data, step
-and commit travel in the file's metadata, as JSON.
+and commit travel in the file's metadata, as JSON; beside them in safetensors a
+sha256, which is checked whenever the file is read here.
 
 Shapes: b images, n classes, H x W pixels.
 """
@@ -26,6 +27,7 @@ import settings
 import utils
 from lib.checkpoint import OnnxNetwork, encode_metadata, find_checkpoint
 from lib.images import read_any_image, writing
+from lib.integrity import DIGEST, digest
 from predict import check_folder, split_files
 from utils import RunError, UserError, log
 
@@ -47,10 +49,12 @@ class PaddedNetwork(torch.nn.Module):
 
 
 def write_safetensors(net, metadata, path):
-    """Write a network's weights with texts {name: JSON}."""
+    """Write a network's weights with texts {name: JSON}, and a digest of
+    both."""
+    state = {key: value.contiguous()
+             for key, value in net.state_dict().items()}
     write_bytes(utils.import_optional('safetensors.torch').save(
-        {key: value.contiguous() for key, value in net.state_dict().items()},
-        metadata), path)
+        state, {**metadata, DIGEST: digest(state, metadata)}), path)
     log(f'{path}: the weights, and {", ".join(metadata)}')
 
 
