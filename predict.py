@@ -16,6 +16,10 @@ A folder is searched through; its images keep their places in it. A video
 becomes DIR/VIDEO.overlay.mp4, its frames DIR/VIDEO/000000.png and so on.
 Shapes: b images, n classes, H x W pixels.
 """
+if __name__ == '__main__':      # before torch, whose import takes seconds
+    from lib import signals
+    signals.end_while_starting()
+
 import argparse
 import os
 import sys
@@ -235,11 +239,10 @@ def predict(files, weights, args):
         for file in videos:
             source = cv2.VideoCapture(file)
             bar.total += count_frames(source)
-            video = OverlayVideo(f'{paths[file]}.overlay.mp4',
-                                 source.get(cv2.CAP_PROP_FPS) or 25)
-            predictor.predict(read_frames(source, file, paths[file], errors),
-                              bar, errors, video)
-            video.close()
+            frames = read_frames(source, file, paths[file], errors)
+            with OverlayVideo(f'{paths[file]}.overlay.mp4',
+                              source.get(cv2.CAP_PROP_FPS) or 25) as video:
+                predictor.predict(frames, bar, errors, video)
     if bar.n:
         log(f'{plural(bar.n, "image")}: masks and overlays are in {args.to}')
     if errors and len(paths) > 1:

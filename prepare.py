@@ -14,6 +14,10 @@ in several processes. A conversion that was cut off is resumed when it is run
 again; a finished one is left as it is, but custom converts what has changed.
 docs/data.md says more.
 """
+if __name__ == '__main__':      # before torch, whose import takes seconds
+    from lib import signals
+    signals.end_while_starting()
+
 import argparse
 import sys
 import textwrap

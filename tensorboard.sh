@@ -8,36 +8,29 @@ cd "$(dirname "$0")"
 root=.
 case ${1:-} in
     '' | -*) ;;
-    *) root=$1; shift ;;
+    /*) root=$1; shift ;;
+    *) root=$OLDPWD/$1; shift ;;        # as seen from where it was called
 esac
 [ -d "$root" ] || { echo "tensorboard.sh: $root: no such folder" >&2; exit 2; }
+root=$(cd "$root" && pwd)
 [ ! -d .venv ] || PATH=$PWD/.venv/bin:$PATH
-python=$(command -v python || command -v python3)
+python=$(command -v python || command -v python3 || echo python3)
+"$python" -c 'import tensorboard' 2> /dev/null || {
+    echo 'tensorboard.sh: TensorBoard is not installed; run: . ./setup.sh' >&2
+    exit 1
+}
 
 logs=$(mktemp -d)
-trap 'rm -rf "$logs"' EXIT
-trap 'exit 130' INT TERM
-link() {    # the log of the experiment in folder $1, under the folder's name
-    log=$(cd "$1" && "$python" -c 'import settings; print(settings.LOG_DIR)' \
-        2> /dev/null) || {      # of another project, or being edited
-        echo "tensorboard.sh: $1: its settings.py has no LOG_DIR" >&2
-        return 0
-    }
-    path=$(cd "$1" && cd "$log" 2> /dev/null && pwd) || return 0
-    ln -s "$path" "$logs/$(basename "$(cd "$1" && pwd)")"
+server=
+trap '[ -z "$server" ] || kill "$server" 2> /dev/null; rm -rf "$logs"' EXIT
+trap 'exit 130' INT
+trap 'exit 143' HUP TERM
+"$python" -m lib.experiments "$root" "$logs"    # runs no code of other folders
+[ -n "$(ls "$logs")" ] || {
+    echo "tensorboard.sh: $root holds no log; train first" >&2
+    exit 2
 }
-if [ -f "$root/settings.py" ]; then
-    link "$root"
-else
-    for settings in "$root"/*/settings.py; do
-        [ ! -f "$settings" ] || link "$(dirname "$settings")"
-    done
-fi
-if [ -z "$(ls "$logs")" ]; then
-    [ -n "$(find "$root/" -name 'events.out.tfevents.*' | head -n 1)" ] || {
-        echo "tensorboard.sh: $root holds no log; train first" >&2
-        exit 2
-    }
-    ln -s "$(cd "$root" && pwd)" "$logs/$(basename "$root")"
-fi
-"$python" -m tensorboard.main --logdir "$logs" "$@"
+# in the background, since only `wait` lets a signal end the script at once
+"$python" -m tensorboard.main --logdir "$logs" "$@" &
+server=$!
+wait "$server"

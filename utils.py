@@ -5,10 +5,11 @@ rate. n classes; H x W pixels.
 import argparse
 import codecs
 import contextlib
+import errno
 import hashlib
 import importlib
 import json
-import multiprocessing
+import multiprocessing.util
 import os
 import re
 import shutil
@@ -26,7 +27,9 @@ from tqdm import tqdm
 
 ROOT = os.path.dirname(os.path.abspath(__file__))   # the project's folder
 STOPPED = 75                 # exit status: stopped on request, can be resumed
+INTERRUPTED = 130            # exit status: ended by Ctrl-C
 PROGRESS_BARS = weakref.WeakSet()
+MAX_TEXT = 2 ** 28           # bytes; the list of a million images has 0.1 GB
 
 
 # ------------------------------------------------- how a program ends
@@ -45,18 +48,21 @@ class RunError(Exception):
 
 def run_main(main):
     """Run main() and exit with 0, 1 (a fault of the run), 2 (of what was
-    asked), STOPPED, or 141 where nobody reads the output any more.
+    asked), STOPPED, INTERRUPTED, or 141 where nobody reads the output any
+    more.
 
     Errors that have an exit_status, and the few of libraries that `explain`
     knows, end in one line on stderr. Any other is a defect and keeps its
     traceback.
     """
-    program = os.path.basename(sys.argv[0])
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
         sys.stdout.flush()
     except KeyboardInterrupt:
-        sys.exit(f'{program}: interrupted')
+        signal.signal(signal.SIGINT, signal.SIG_DFL)    # a second ends at once
+        _end('' if 'SPAWNED_BY' in os.environ or rank() else 'interrupted',
+             INTERRUPTED)
     except BrokenPipeError:             # whoever read our output, as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
@@ -64,18 +70,32 @@ def run_main(main):
         line, status = explain(error)
         if line is None:
             raise
-        for bar in list(PROGRESS_BARS):     # the line shall stand by itself
-            bar.close()
         if rank():          # what all processes say, the first says for all
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(5)
-        print(f'{program}: {line}', file=sys.stderr, flush=True)
-        if dist.is_initialized():   # torch can abort at exit without a peer
-            end_workers()
-            os._exit(status)
-        sys.exit(status)
+        _end(line, status)
     finally:
         end_workers()
+
+
+def _end(line, status):
+    """Print a line, '' for none, and exit."""
+    for bar in list(PROGRESS_BARS):         # the line shall stand by itself
+        bar.close()
+    if line:
+        print(f'{os.path.basename(sys.argv[0])}: {line}', file=sys.stderr,
+              flush=True)
+    if dist.is_initialized():       # torch can abort at exit without a peer
+        end_at_once(status)
+    sys.exit(status)
+
+
+def end_at_once(status):
+    """Exit without what Python does at its end, which can hang or fail."""
+    end_workers()
+    with contextlib.suppress(OSError):      # of the loader processes' sockets
+        shutil.rmtree(multiprocessing.util.get_temp_dir())
+    os._exit(status)
 
 
 def explain(error):
@@ -94,6 +114,9 @@ def explain(error):
     if is_lost_worker(error):
         return (f'a loader process died ({first}). Was memory short? Fewer '
                 f'NUM_WORKERS need less'), 1
+    if isinstance(error, OSError) and error.errno in (
+            errno.ENOSPC, errno.EDQUOT):
+        return f'the disk is full ({first}); make room', 1
     if world() > 1 and (isinstance(error, dist.DistError)
                         or 'gloo' in str(error)):
         return f'process {rank()} lost another process ({first})', 1
@@ -253,7 +276,9 @@ def atomic_write(path, flush=True):
     Whatever happens meanwhile, path is the old file or the new one, whole;
     without flush, which waits for the disk, a power cut may leave it empty.
     """
-    part = f'{path}.tmp'        # one left by a kill is written over
+    part = f'{path}.tmp'        # one left by a kill is written over,
+    if os.path.islink(part):    # but not what a link leads to
+        os.remove(part)
     try:
         yield part
         if flush:
@@ -266,21 +291,35 @@ def atomic_write(path, flush=True):
 
 
 def read_text(path):
-    """Return what a text file holds, in UTF-8 or, with a mark, UTF-16; line
-    ends of any system become \\n.
+    """Return what a text file holds, as decode_text() does.
 
-    Raises UserError for a file that is missing or in another encoding.
+    Raises UserError for a file that is missing, too large or no text.
     """
     try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise UserError(f'{path} is a folder or a device, not a file')
+        size = os.path.getsize(path)
+        if size > MAX_TEXT:
+            raise UserError(f'{path} has {size:,} bytes; a text has at most '
+                            f'{MAX_TEXT:,}')
         with open(path, 'rb') as file:
-            data = file.read()
-        is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        text = data.decode('utf-16' if is_utf16 else 'utf-8-sig')
+            return decode_text(file.read(), path)
     except OSError as error:
         raise UserError(f'{path} cannot be read ({error.strerror})') from None
+
+
+def decode_text(data, path):
+    """Return the text of a file's bytes, in UTF-8 or, with a mark, UTF-16;
+    line ends of any system become \\n. Raises UserError that names the path.
+    """
+    is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        text = data.decode('utf-16' if is_utf16 else 'utf-8-sig')
     except UnicodeError:
+        text = '\0'
+    if '\0' in text:            # so has UTF-16 without its mark
         raise UserError(f'{path} is neither UTF-8 nor UTF-16 text; save it '
-                        f'as UTF-8') from None
+                        f'as UTF-8')
     return text.replace('\r\n', '\n').replace('\r', '\n')
 
 

@@ -14,7 +14,6 @@ labelme, as it is drawn on top there.
 import collections
 import os
 import posixpath
-import re
 
 import utils
 from converters import archives, labelme, layout, polygons, yolo
@@ -64,7 +63,7 @@ def read(args, named):
     classes, table = number_classes(names, named, args)
     sources, labels = {}, {}
     for file, size, objects in found:
-        ID = os.path.splitext(file)[0].replace('/', '_')
+        ID = layout.name_image(file, args.images)
         if ID in labels:
             raise utils.UserError(f'{args.masks} has two images of the name '
                                   f'{ID}; rename one')
@@ -80,10 +79,11 @@ def number_classes(names, named, args):
     known = {name: layout.VOID if name.lower() in VOID else 0
              for name in names if name.lower() in (*VOID, *BACKGROUND)}
     wanted = [*dict.fromkeys(name for name in names if name not in known)]
-    if not wanted or not all(wanted):
+    odd = [name for name in wanted if not images.is_class_name(name)]
+    if odd or not wanted:
         raise utils.UserError(f'{args.masks} has ' + (
-            'a class without a name' if wanted else
-            'no class but background'))
+            f'a class without a name of 1 to 100 printable characters: '
+            f'{odd[0][:60]!r}' if odd else 'no class but background'))
     if not named:
         names = ['background', *wanted]
         colours = images.voc_palette()[:len(names)].tolist()
@@ -174,10 +174,12 @@ def read_coco(args, index):
 def coco_names(name, args):
     """Return the names by which to look for a file_name beneath IMAGES: as
     it is, and without folders that IMAGES itself ends with."""
-    parts = posixpath.normpath(name.replace('\\', '/')).split('/')
-    if not parts[0] or re.match('[A-Za-z]:', name) or '..' in parts:
-        raise utils.UserError(f'{args.masks} names the image {name}; a '
-                              f'file_name has to lie beneath {args.images}')
+    path = posixpath.normpath(name.replace('\\', '/'))
+    if not images.is_id(path):
+        raise utils.UserError(f'{args.masks} names the image '
+                              f'{name[:60]!r}; a file_name has to lie '
+                              f'beneath {args.images}')
+    parts = path.split('/')
     ends = os.path.abspath(args.images).split(os.sep)
     return ['/'.join(parts[i:]) for i in range(len(parts))
             if not i or parts[:i] == ends[-i:]]

@@ -21,9 +21,11 @@ import tarfile
 import zipfile
 import zlib
 
+from PIL import Image
+
 import utils
 from converters import layout
-from lib import download
+from lib import download, images
 
 
 # ------------------------------------------------- fetching
@@ -176,6 +178,22 @@ def check_json(data, keys, path, kind):
                 f'{path} is not {kind}: {key!r} is '
                 f'{"no list" if key in data else "not there"} (it has '
                 f'{", ".join(map(repr, [*data][:8])) or "nothing"})')
+
+
+def parse_ids(data, path):
+    """Return the IDs of a list's bytes; UserError names the path."""
+    return images.check_ids(utils.decode_text(data, path).split(), path)
+
+
+def open_image(path, name):
+    """Return a zip's image, decoded, of Pillow's; UserError for no image."""
+    try:
+        image = Image.open(io.BytesIO(read_member(path, name)))
+        image.load()
+    except images.UNREADABLE as error:
+        raise utils.UserError(f'{path}: {name} cannot be read as an image '
+                              f'({type(error).__name__})') from None
+    return image
 
 
 def parse_mat(data, field):

@@ -1,8 +1,5 @@
 """Cityscapes, fine annotations, 19 classes. Its download needs a login."""
-import io
-
 import numpy as np
-from PIL import Image
 
 from converters import archives, layout
 from lib import images
@@ -48,12 +45,10 @@ def convert(args):
 
 def write_image(path, archive, name):
     """Write an image of Cityscapes as a JPEG."""
-    with Image.open(io.BytesIO(archives.read_member(archive, name))) as image:
-        layout.save_jpeg(image, path)
+    layout.save_jpeg(archives.open_image(archive, name), path)
 
 
 def write_label(path, archive, name, colours):
     """Write a mask of Cityscapes, a PNG of label ids."""
-    with Image.open(io.BytesIO(archives.read_member(archive, name))) as image:
-        mask = np.array(image)
+    mask = np.array(archives.open_image(archive, name))
     images.save_label(layout.remap_ids(mask, IDS), path, colours)

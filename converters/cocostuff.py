@@ -32,8 +32,8 @@ def convert(args):
     lists = {'train': [], 'test': []}
     for kind, split, name in found:
         if kind == 'list':
-            lists[split] = archives.read_member(archive, name
-                                                ).decode().split()
+            lists[split] = archives.parse_ids(
+                archives.read_member(archive, name), f'{archive}: {name}')
     archives.check_counts(SOURCE, lists)
     classes = images.read_class_file(images.class_file('cocostuff'))
     layout.begin(root, 'cocostuff', {}, classes)

@@ -68,5 +68,7 @@ def read_annotations(path):
     except (KeyError, TypeError) as error:
         raise utils.UserError(f'{path} is not the JSON of Context: {error} is '
                               f'not there') from None
+    for names in lists.values():
+        images.check_ids(names, path)
     return lists, polygons.read_objects(
         data, {ID: i for i, ID in enumerate(IDS) if i}, path)

@@ -129,7 +129,7 @@ def read_lists(root):
     """Return {split: IDs} of the lists of train and val that there are."""
     paths = {split: os.path.join(root, layout.LISTS, f'{split}.txt')
              for split in ('train', 'val')}
-    return {split: utils.read_text(path).splitlines()
+    return {split: images.read_ids(path)
             for split, path in paths.items() if os.path.isfile(path)}
 
 

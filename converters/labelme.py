@@ -61,8 +61,7 @@ def parse_file(path):
     image = posixpath.basename(image) or os.path.splitext(
         os.path.basename(path))[0]
     size = data.get('imageHeight'), data.get('imageWidth')
-    if not all(isinstance(n, int) and 0 < n < polygons.MAX_SIDE
-               for n in size):
+    if not polygons.is_size(size):
         size = None                     # then the image's own
     objects, skipped = [], collections.Counter()
     for i, shape in enumerate(data['shapes'], 1):

@@ -18,6 +18,7 @@ import signal
 import numpy as np
 
 import utils
+from lib import images
 
 IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 LISTS = os.path.join('ImageSets', 'Segmentation')
@@ -67,7 +68,8 @@ def read_stamp(root, name, options):
         stamp = json.loads(utils.read_text(path))
         held = FORMER_NAMES.get(stamp['name'], stamp['name'])
         before = {key: stamp['options'].get(key) for key in options}
-    except (ValueError, KeyError, TypeError, AttributeError):
+        check_stamp(stamp)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise utils.UserError(f'{path} cannot be read; name another folder '
                               f'with --to, or remove this one') from None
     if (held, before) != (name, options):
@@ -79,6 +81,17 @@ def read_stamp(root, name, options):
                 f'not {name}') + '; name another folder with --to, or remove '
             'this one')
     return stamp
+
+
+def check_stamp(stamp):
+    """Raise ValueError, or what Python does, unless counts are numbers and
+    names are those of images within their folder."""
+    counts, names = stamp.get('counts', {}), []
+    if 'sources' in stamp:
+        names = [*stamp['sources']['images'], *stamp['sources']['labels']]
+    if sum(counts.values()) < 0 or not all(map(images.is_id,
+                                               [*counts, *names])):
+        raise ValueError
 
 
 def begin(root, name, options, classes, sources=None):
@@ -135,10 +148,21 @@ def missing(root, splits):
     lists = [os.path.join(root, LISTS, split + '.txt') for split in splits]
     lost, names = [path for path in lists if not os.path.exists(path)], set()
     for path in filter(os.path.exists, lists):
-        names.update(utils.read_text(path).splitlines())
+        names.update(images.read_ids(path))
     return sorted(lost + [where(root, name) for name in names
                           for where in (image_path, label_path)
                           if not file_bytes(where(root, name))])
+
+
+# ------------------------------------------------- IDs
+def name_image(file, folder):
+    """Return the ID of an image at the path `file` within a folder, a_b for
+    a/b.jpg; raise UserError for a name that a list cannot hold."""
+    name = os.path.splitext(file)[0].replace('/', '_').strip()
+    if not images.is_id(name):
+        raise utils.UserError(f'{folder}: the file name {ascii(file)} cannot '
+                              f'stand in a list; rename it')
+    return name
 
 
 # ------------------------------------------------- files
@@ -173,7 +197,8 @@ def write_bytes(path, data):
 
 def write_lines(path, lines):
     """Write a text file, whole or not at all."""
-    with utils.atomic_write(path) as part, open(part, 'w') as file:
+    with utils.atomic_write(path) as part, open(
+            part, 'w', encoding='utf-8') as file:
         file.writelines(f'{line}\n' for line in lines)
 
 
@@ -203,25 +228,30 @@ def map_in_processes(work, jobs, desc, total=None, is_done=None):
     """
     batch_size = min(16, (total or 0) // 100 + 1)
     pending, batch = collections.deque(), []
+    pool = concurrent.futures.ProcessPoolExecutor(
+        min(8, os.cpu_count() or 1), initializer=signal.signal,
+        initargs=(signal.SIGINT, signal.SIG_IGN))
     try:
-        with concurrent.futures.ProcessPoolExecutor(
-                min(8, os.cpu_count() or 1), initializer=signal.signal,
-                initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
-            for job in utils.progress(jobs, desc=desc, total=total):
-                if not (is_done and is_done(job)):
-                    batch.append(job)
-                if len(batch) == batch_size:
-                    pending.append(pool.submit(_run_batch, work, batch))
-                    batch = []
-                if len(pending) * batch_size > 64:      # what is read ahead
-                    yield from pending.popleft().result()
-            pending.append(pool.submit(_run_batch, work, batch))
-            for future in pending:
-                yield from future.result()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        pool.submit(int)                # starts the processes
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        for job in utils.progress(jobs, desc=desc, total=total):
+            if not (is_done and is_done(job)):
+                batch.append(job)
+            if len(batch) == batch_size:
+                pending.append(pool.submit(_run_batch, work, batch))
+                batch = []
+            if len(pending) * batch_size > 64:      # what is read ahead
+                yield from pending.popleft().result()
+        pending.append(pool.submit(_run_batch, work, batch))
+        for future in pending:
+            yield from future.result()
     except concurrent.futures.BrokenExecutor:
         raise utils.RunError(f'{desc}: a process was killed. Was memory '
                              f'short? Run the command again, and it is '
                              f'resumed') from None
+    finally:
+        pool.shutdown(cancel_futures=True)      # as after Ctrl-C
 
 
 def _run_batch(work, jobs):

@@ -14,7 +14,8 @@ import utils
 from converters import layout, pairs
 from lib import images
 
-LABELMAP = re.compile(r'(.+?):(\d+),(\d+),(\d+):.*')    # a line of CVAT's
+LABELMAP = re.compile(                  # a line of CVAT's
+    r'(.{1,100}?):(\d{1,3}),(\d{1,3}),(\d{1,3}):.*')
 GREY = 0x010101                     # a packed colour of R = G = B is n * GREY
 
 
@@ -92,7 +93,7 @@ def parse_labelmap(text, path):
         parts = LABELMAP.fullmatch(line)
         colour = [int(x) for x in parts.groups()[1:]] if parts else [256]
         if max(colour) > 255:
-            raise utils.UserError(f'{path}: the line {line!r} is not '
+            raise utils.UserError(f'{path}: the line {line[:60]!r} is not '
                                   f'"name:r,g,b:parts:actions"')
         rows.append((parts[1], colour))
     if not rows:
@@ -105,6 +106,9 @@ def split_void(named):
     """Return classes (names, colours) without void, and the class of each row,
     VOID for void."""
     kept = [i for i, name in enumerate(named[0]) if name.lower() != 'void']
+    if len(kept) > layout.VOID:
+        raise utils.UserError(f'{len(kept)} classes are named; a label holds '
+                              f'at most {layout.VOID}, and void')
     classes = tuple([column[i] for i in kept] for column in named)
     return classes, [kept.index(i) if i in kept else layout.VOID
                      for i in range(len(named[0]))]

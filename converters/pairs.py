@@ -103,11 +103,7 @@ def name_images(sources, folder):
     cannot hold it."""
     names = {}
     for file in sources:
-        name = get_stem(file).replace('/', '_').strip()
-        if name.splitlines() != [name] or any(
-                '\ud800' <= c <= '\udfff' for c in name):    # not UTF-8
-            raise utils.UserError(f'{folder}: the file name {ascii(file)} '
-                                  f'cannot stand in a list; rename it')
+        name = layout.name_image(file, folder)
         if name in names:
             raise utils.UserError(f'{folder}: {names[name]} and {file} have '
                                   f'one name, {name}; rename one')

@@ -84,11 +84,17 @@ def _malformed(path, error):
 def check_image(image, size, path):
     """Return the file_name of an image of COCO's; raise UserError where it or
     the size is none."""
-    if not isinstance(image['file_name'], str) or not all(
-            isinstance(n, int) and 0 < n < MAX_SIDE for n in size):
-        raise utils.UserError(f'{path} has the image {image["file_name"]!r} '
-                              f'of width {size[1]!r} and height {size[0]!r}')
+    if not isinstance(image['file_name'], str) or not is_size(size):
+        raise utils.UserError(
+            f'{path} has the image {str(image["file_name"])[:60]!r} of width '
+            f'{repr(size[1])[:20]} and height {repr(size[0])[:20]}')
     return image['file_name']
+
+
+def is_size(size):
+    """Tell whether (H, W) can be the size of an image."""
+    return all(isinstance(n, int) and 0 < n < MAX_SIDE for n in size) and (
+        size[0] * size[1] <= images.MAX_PIXELS)
 
 
 def has_outline(segmentation):

@@ -43,7 +43,8 @@ def convert(args):
     lists = {split: set() for split in SOURCE['lists']}
     for _, split, data in archives.tar_members(
             voc_tar, {'list': VOC_FILES['list']}):
-        lists[split].update(data.decode().split())
+        lists[split].update(archives.parse_ids(
+            data, f'{voc_tar}: {split}.txt'))
     own = lists['val' if args.sbd_first else 'trainval']
     layout.run_jobs(sbd_jobs(sbd_tgz, root, own, lists['trainaug'],
                              classes[1]), 'SBD')
@@ -61,7 +62,7 @@ def sbd_jobs(archive, root, own, listed, colours):
     """
     for kind, name, data in archives.tar_members(archive, SBD_FILES):
         if kind == 'list':
-            listed.update(data.decode().split())
+            listed.update(archives.parse_ids(data, f'{archive}: {name}.txt'))
         elif name not in own:
             yield write_label, layout.label_path(root, name), data, colours
 

@@ -118,12 +118,13 @@ def parse_yaml_names(path):
     body = re.sub(r'(^|\s)#.*', '', found[1] if found else '').strip()
     in_brackets = body[:1] in ('[', '{')
     plain = r'[^\s,][^,\n]*' if in_brackets else r'\S.*'
+    form = rf'''"(.*?)"|'(.*?)'|({plain})'''
     names = {}
     for key, *forms in re.findall(
-            rf'''\s*(?:(\d+)\s*:|-)?[ \t]*(?:"(.*?)"|'(.*?)'|({plain}))''',
+            rf'\s*(?:(\d{{1,9}})\s*:|-)?[ \t]*(?:{form})',
             body.strip('[]{}')):
         names[int(key) if key else len(names)] = ''.join(forms).strip()
-    count = re.search(r'^nc: *(\d+)', text, re.M)
+    count = re.search(r'^nc: *(\d{1,9})', text, re.M)
     if not names or count and int(count[1]) != len(names):
         raise utils.UserError(f'{path}: the names of the classes cannot be '
                               f'read; write "names: [a, b, ...]", one for '

@@ -5,6 +5,10 @@ Images are (H, W, 3) uint8 RGB, labels (H, W) uint8 class indices.
 import contextlib
 import io
 import os
+import re
+import struct
+import warnings
+from collections import Counter
 
 import cv2
 import numpy as np
@@ -12,10 +16,18 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from utils import ROOT, RunError, UserError, atomic_write, read_text
 
-UNREADABLE = (OSError, ValueError, SyntaxError, cv2.error,
+UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, EOFError,
+              LookupError, struct.error, cv2.error,
               Image.DecompressionBombError)     # what decoders raise
 
+MAX_PIXELS = 2 ** 28            # of an image, by its header: as RGB, 0.8 GB
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2    # Pillow warns above it, and
+warnings.simplefilter('ignore', Image.DecompressionBombWarning)
+#                               refuses what has more than twice as many
+
 ORIENTATION = 0x0112            # the EXIF tag of a rotated image
+# what no name holds: control characters, and halves of characters (surrogates)
+CONTROL = re.compile(r'[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]')
 
 
 def _unreadable(path, kind, error):
@@ -28,6 +40,11 @@ def _reason(error):
     """Return in words why a decoder has failed."""
     if isinstance(error, UnidentifiedImageError):   # Pillow's text is the path
         return 'no known format'
+    if isinstance(error, Image.DecompressionBombError):
+        count = int(re.search(r'\d+', str(error))[0])
+        return f'it has {count:,} pixels, at most {MAX_PIXELS:,} are read'
+    if isinstance(error, cv2.error):                # several lines
+        return 'no JPEG'
     return ' '.join(str(error).split()) or type(error).__name__
 
 
@@ -41,8 +58,9 @@ def read_image(path):
     """
     try:
         data = np.fromfile(path, np.uint8)
-        if not data[-512:].tobytes().rstrip(b'\0').endswith(b'\xff\xd9'):
-            with Image.open(path) as image:
+        has_end = data[-512:].tobytes().rstrip(b'\0').endswith(b'\xff\xd9')
+        with Image.open(io.BytesIO(data)) as image:     # its header alone
+            if not has_end or image.format not in ('JPEG', 'MPO'):
                 return np.array(image.convert('RGB'))
         image = cv2.imdecode(
             data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
@@ -100,19 +118,28 @@ def read_any_image(path):
     white where it is transparent. Raises UserError."""
     try:
         with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith('I'):
-                grey = np.asarray(image)
-                grey = grey // 257 if grey.max() > 255 else grey
-                image = Image.fromarray(np.uint8(grey.clip(0, 255)))
-            if image.has_transparency_data:
-                image = image.convert('RGBA')
-                white = Image.new('RGBA', image.size, 'white')
-                image = Image.alpha_composite(white, image)
-            return np.array(image.convert('RGB'))
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            image = _to_rgb(image)
+        return np.array(image)      # now the file's own pixels are freed
     except UNREADABLE as error:
         raise UserError(f'{path} cannot be read as an image '
                         f'({_reason(error)})') from None
+
+
+def _to_rgb(image):
+    """Return a Pillow image in RGB; large ones are copied no more often than
+    must be."""
+    if image.mode.startswith('I'):
+        grey = np.asarray(image)
+        grey = grey // 257 if grey.max() > 255 else grey
+        image = Image.fromarray(np.uint8(grey.clip(0, 255)))
+    if image.has_transparency_data:
+        image = image if image.mode == 'RGBA' else image.convert('RGBA')
+        white = Image.new('RGB', image.size, 'white')
+        white.paste(image, mask=image)
+        return white
+    return image if image.mode == 'RGB' else image.convert('RGB')
 
 
 # ------------------------------------------------- writing
@@ -129,9 +156,11 @@ def writing(path):
 
 
 def save_image(image, path, **options):
-    """Write an image in the format of the path's ending; options: Pillow's.
-    """
-    Image.fromarray(image).save(path, **options)
+    """Write an image, whole or not at all, as a JPEG or PNG by the path's
+    ending; options: Pillow's."""
+    kind = {'.jpg': 'JPEG', '.png': 'PNG'}[os.path.splitext(path)[1]]
+    with atomic_write(path, flush=False) as part:
+        Image.fromarray(image).save(part, kind, **options)
 
 
 def save_label(label, path, colours):
@@ -140,6 +169,34 @@ def save_label(label, path, colours):
     image.putpalette(full_palette(colours).tobytes())
     with atomic_write(path, flush=False) as part:   # the default level takes
         image.save(part, 'PNG', compress_level=4)   # twice the time
+
+
+# ------------------------------------------------- IDs
+def is_id(name):
+    """Tell whether a name is one of an image within a folder, `a` or `sub/a`,
+    wherever it is read; only then may a path be made of it."""
+    return (isinstance(name, str) and len(name) < 1000
+            and not CONTROL.search(name)
+            and '\\' not in name and name[1:3] != ':/'         # of Windows
+            and {'', '.', '..'}.isdisjoint(name.split('/')))
+
+
+def check_ids(names, path):
+    """Return the IDs that a file names; raise UserError for the first that is
+    none, such as one that leads out of the folder of images."""
+    for name in names:
+        if not is_id(name):
+            raise UserError(f'{path} has the ID {str(name)[:60]!r}; an ID is '
+                            f'the path of an image within its folder, without '
+                            f'ending, such as a or sub/a')
+    return names
+
+
+def read_ids(path):
+    """Return the IDs of a list, a line each, in its order. Raises UserError.
+    """
+    lines = map(str.strip, read_text(path).split('\n'))
+    return check_ids([line for line in lines if line], path)
 
 
 # ------------------------------------------------- classes and colours
@@ -155,7 +212,7 @@ def read_classes(root, n_classes):
     UserError where n_classes contradicts it.
     """
     path = os.path.join(root, 'classes.txt')
-    if not os.path.isfile(path):
+    if not os.path.lexists(path):
         return ([str(i) for i in range(n_classes)],
                 voc_palette()[:n_classes].tolist())
     names, colours = read_class_file(path)
@@ -165,21 +222,28 @@ def read_classes(root, n_classes):
     return names, colours
 
 
+def is_class_name(name):
+    """Tell whether a legend can show a name."""
+    return 0 < len(name) <= 100 and not CONTROL.search(name)
+
+
 def read_class_file(path):
     """Return names and colours of a file of lines "name r g b", [str],
     [[r, g, b]]; a name may hold spaces. Raises UserError."""
-    if not os.path.isfile(path):
+    if not os.path.exists(path):
         raise UserError(f'{path} is not there')
     rows = [line.split() for line in read_text(path).split('\n')
             if line.strip()]
-    for row in rows:
-        if len(row) < 4 or not all(x.isdecimal() and int(x) < 256
-                                   for x in row[-3:]):
-            raise UserError(f'{path}: the line {" ".join(row)!r} is not '
-                            f'"name r g b" with colours of 0 to 255')
     names = [' '.join(row[:-3]) for row in rows]
-    for i, name in enumerate(names):
-        if name in names[:i] and name != 'void':
+    for name, row in zip(names, rows):
+        if not is_class_name(name) or not all(
+                re.fullmatch(r'\d{1,3}', x) and int(x) < 256
+                for x in row[-3:]):
+            raise UserError(f'{path}: the line {" ".join(row)[:60]!r} is not '
+                            f'"name r g b", a name of at most 100 characters '
+                            f'and colours of 0 to 255')
+    for name, count in Counter(names).items():
+        if count > 1 and name != 'void':
             raise UserError(f'{path} names the class {name} twice; rename '
                             f'one')
     if not names:

@@ -26,10 +26,26 @@ def count_frames(video):
 
 
 class OverlayVideo:
-    """A video file of overlays, opened with the first."""
+    """A video file of overlays, opened with the first; at the end of `with`
+    it is at its path, whole, or after an error not at all."""
 
     def __init__(self, path, rate):
         self.path, self.rate, self.writer = path, rate, None
+        self.part = f'{path}.tmp{os.path.splitext(path)[1]}'
+
+    def __enter__(self):
+        if os.path.islink(self.part):   # what it leads to is not ours
+            os.remove(self.part)
+        return self
+
+    def __exit__(self, kind, *_):
+        if self.writer:
+            self.writer.release()
+            with writing(self.path):
+                if kind is None:
+                    os.replace(self.part, self.path)
+                elif os.path.exists(self.part):
+                    os.remove(self.part)
 
     def add(self, page):
         """Add an overlay (H, W, 3) uint8; codecs want even sides."""
@@ -40,12 +56,8 @@ class OverlayVideo:
         with writing(self.path):
             if self.writer is None:
                 self.writer = cv2.VideoWriter(
-                    self.path, cv2.VideoWriter.fourcc(*'mp4v'), self.rate,
+                    self.part, cv2.VideoWriter.fourcc(*'mp4v'), self.rate,
                     page.shape[1::-1])
             if not self.writer.isOpened():
                 raise OSError('OpenCV has no writer for it')
             self.writer.write(page)
-
-    def close(self):
-        if self.writer:
-            self.writer.release()

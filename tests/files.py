@@ -1,6 +1,8 @@
 """Files for tests: data sets and images written by hand, what a folder holds,
-an error that names its file.
+an error that names its file, a full disk.
 """
+import contextlib
+import resource
 import struct
 import zlib
 
@@ -11,6 +13,17 @@ from PIL import Image
 import settings
 from conftest import SMALL
 from utils import UserError
+
+
+@contextlib.contextmanager
+def full_disk(room=0):
+    """Within, no file can get longer than `room` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def contents(folder):

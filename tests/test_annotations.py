@@ -137,11 +137,36 @@ def test_folders_in_a_file_name(own, name):
 
 @pytest.mark.parametrize('name', ('../secret.jpg', 'sub/../../secret.jpg',
                                   '..\\secret.jpg', '{}/secret.jpg',
-                                  'C:\\photos\\p0.jpg'))
+                                  'C:\\photos\\p0.jpg', 'p0\0.jpg',
+                                  'p0\n.jpg', '\ud800.jpg', '', '..',
+                                  '\\\\p0.jpg', 400 * 'sub/'))
 def test_a_file_name_that_leads_out_of_the_folder(own, name):
     (own / 'secret.jpg').write_bytes(smooth_image())
     write_coco(own, [ROOF], [name.format(own)])
     refuse(own, 'has to lie beneath', masks='own.json')
+
+
+def test_a_file_that_a_list_cannot_name(own):
+    move(own, 'photos/p0.jpg', 'photos/p\n0.jpg')
+    write_coco(own, [(1, 7, polygon(2, 10, 3, 9))], ['p1.jpg', 'p2.jpg'])
+    read(own, 'own.json')                       # it is not named
+    move(own, 'notes', 'unused')
+    write_labelme(own, shape('polygon', [[1, 1], [9, 1], [9, 9]]), name='p\n0')
+    refuse(own, r"the file name 'p\n0.jpg' cannot stand in a list")
+
+
+@pytest.mark.parametrize('name', ('', '\ud800', 'a\x1b', 101 * 'a'))
+def test_names_that_are_none(own, name):
+    """classes.txt would not hold them, or no legend show them."""
+    write_coco(own, [ROOF], categories=[{'id': 7, 'name': name}])
+    refuse(own, 'has a class without a name of 1 to 100', masks='own.json')
+
+
+def test_an_image_of_absurd_size_is_refused(own):
+    """Its label would take gigabytes."""
+    write_coco(own, [ROOF], images=[{'id': 0, 'file_name': 'p0.jpg',
+                                     'height': 65535, 'width': 65535}])
+    refuse(own, "the image 'p0.jpg' of width 65535", masks='own.json')
 
 
 def test_images_that_are_not_clear(own):

@@ -4,6 +4,7 @@
 """
 import json
 import os
+import shutil
 import sys
 
 import pytest
@@ -79,6 +80,92 @@ def test_clean_refuses_what_is_not_clear(tmp_path, monkeypatch, capsys, words,
                            capsys=capsys)
     assert status == 2 and part in line
     assert all(os.path.exists(name) for name in KEPT + GONE)
+
+
+@pytest.mark.parametrize('text', (
+    '', '[]', 'null', '{"MODEL_DIR": 3, "LOG_DIR": "logdir"}',
+    '{"MODEL_DIR": "models"}', 100_000 * '[', '\0'))
+def test_clean_refuses_a_record_that_is_none(tmp_path, monkeypatch, capsys,
+                                             text):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path)
+    (tmp_path / 'logdir' / 'settings.json').write_text(text)
+    status, line = refused(clean.main, monkeypatch=monkeypatch, capsys=capsys)
+    assert status == 2 and 'logdir/settings.json' in line
+    assert all(os.path.exists(name) for name in KEPT + GONE)
+
+
+@pytest.mark.parametrize('models', ('{}/others', '..', '../others', '/',
+                                    'models/../../others'))
+def test_clean_asks_before_it_leaves_the_folder(tmp_path, monkeypatch, capsys,
+                                                models):
+    """A record can name any folder, as one that somebody gave away does."""
+    models = models.format(tmp_path)
+    write_files(tmp_path, ['latest.pth', 'others/latest.pth'])
+    (tmp_path / 'project').mkdir()
+    monkeypatch.chdir(tmp_path / 'project')
+    write_run(tmp_path / 'project', models=models)
+    status, line = refused(clean.main, monkeypatch=monkeypatch, capsys=capsys)
+    assert status == 2 and f'add MODEL_DIR={models}' in line
+    assert os.path.exists('../latest.pth')
+    assert os.path.exists('../others/latest.pth')
+    assert all(os.path.exists(name) for name in KEPT + GONE)
+    if 'others' in models:
+        run_clean(monkeypatch, f'MODEL_DIR={models}')
+        assert not os.path.exists('../others/latest.pth')
+        assert os.path.exists('models/latest.pth')
+        assert os.path.exists('../latest.pth')
+
+
+def test_clean_does_not_take_the_record_of_a_copied_log(tmp_path, monkeypatch,
+                                                        capsys):
+    """It names this folder's MODEL_DIR, of which it was not."""
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path)
+    shutil.copytree('logdir', 'copied')
+    status, line = refused(clean.main, 'LOG_DIR=copied',
+                           monkeypatch=monkeypatch, capsys=capsys)
+    assert status == 2 and 'a run whose LOG_DIR was logdir' in line
+    assert all(os.path.exists(name) for name in KEPT + GONE)
+
+
+def test_clean_leaves_folders_and_what_links_lead_to(tmp_path, monkeypatch):
+    """MODEL_DIR and LOG_DIR may be links, and one folder."""
+    monkeypatch.chdir(tmp_path)
+    write_files(tmp_path, ['mine.pth', 'disk/final.pth', 'disk/log.csv'])
+    os.makedirs('disk/latest.pth/mine')
+    os.symlink('../mine.pth', 'disk/best.pth')
+    os.symlink('disk', 'run')
+    write_run(tmp_path, 'run', './run', ['run/.lock'])
+    run_clean(monkeypatch, 'LOG_DIR=run')
+    assert sorted(os.listdir('disk')) == ['latest.pth']
+    assert os.path.islink('run') and os.path.exists('mine.pth')
+    shutil.rmtree('disk/latest.pth')
+    write_run(tmp_path, 'run', 'models', ['run/log.csv'])
+    run_clean(monkeypatch, 'LOG_DIR=run')       # now it is empty
+    assert os.path.islink('run') and os.listdir('disk') == []
+
+
+def test_clean_names_what_it_cannot_remove_and_can_be_repeated(
+        tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path)
+    inner = os.remove
+
+    def remove(path):
+        if path.endswith('settings.json'):
+            raise PermissionError(13, 'Permission denied', path)
+        inner(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, 'remove', remove)
+        status, line = refused(clean.main, monkeypatch=monkeypatch,
+                               capsys=capsys)
+    assert status == 1 and 'logdir/settings.json cannot be removed' in line
+    assert [name for name in GONE if os.path.exists(name)] == [
+        'logdir/settings.json']
+    run_clean(monkeypatch)
+    assert all(os.path.exists(name) for name in KEPT)
+    assert not any(os.path.exists(name) for name in GONE)
 
 
 def test_clean_leaves_a_run_at_work_alone(tmp_path, monkeypatch, capsys):

@@ -10,7 +10,9 @@ import io
 import json
 import os
 import re
+import struct
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -242,6 +244,25 @@ def test_cityscapes(tmp_path, monkeypatch):
     assert (masks['bonn_000007_000019'] == 255).all()
 
 
+def with_side(data, side):
+    """Return a PNG whose header states another width and height."""
+    head = b'IHDR' + struct.pack('>II', side, side) + data[24:29]
+    return data[:12] + head + struct.pack('>I', zlib.crc32(head)) + data[33:]
+
+
+@pytest.mark.parametrize('data', (
+    b'no image', smooth_image(0, 'PNG')[:200], b'\x89PNG\r\n\x1a\n' + bytes(9),
+    with_side(smooth_image(0, 'PNG'), 40_000)))
+def test_images_of_an_archive_that_cannot_be_read_are_named(tmp_path, data):
+    path = tmp_path / 'a.zip'
+    write_zip(path, {'a.png': data})
+    for write, *rest in ((cityscapes.write_image,),
+                         (cityscapes.write_label, [[0, 0, 0]])):
+        with pytest.raises(utils.UserError, match=f'^{path}: a.png cannot'):
+            write(tmp_path / 'b', str(path), 'a.png', *rest)
+    assert not (tmp_path / 'b').exists()
+
+
 def test_cityscapes_says_what_to_get(tmp_path, refusal):
     line = refusal('cityscapes', '--to', str(tmp_path / 'd/city'))
     assert f'{tmp_path}/d/downloads/leftImg8bit_trainvaltest.zip' in line
@@ -285,8 +306,13 @@ def test_context(tmp_path, monkeypatch, key):
     assert split_ids(tmp_path / 'made', 'val') == [names[1]]
     assert sorted(os.listdir(tmp_path / 'made' / 'JPEGImages')) == [
         f'{name}.jpg' for name in names]
-    (tmp_path / 'trainval_merged.json').write_text('{"images": []}')
+    text = (tmp_path / 'trainval_merged.json').read_text()
+    (tmp_path / 'trainval_merged.json').write_text(
+        text.replace(names[1], '../../evil'))
     words[-1] = str(tmp_path / 'again')
+    with pytest.raises(utils.UserError, match="has the ID '../../evil'"):
+        prepare.main(words)
+    (tmp_path / 'trainval_merged.json').write_text('{"images": []}')
     with pytest.raises(utils.UserError,
                        match="is not the JSON of Context: 'annos"):
         prepare.main(words)
@@ -318,9 +344,16 @@ def test_cocostuff(tmp_path, monkeypatch, folder):
     members[f'{folder}imageLists/train.txt'] = '\n'.join(names[:2]) + '\n'
     members[f'{folder}imageLists/test.txt'] = names[2]
     write_zip(tmp_path / 'cocostuff-10k-v1.1.zip', members)
-    prepare.main(expect('cocostuff', tmp_path, monkeypatch, train=2, test=1))
+    words = expect('cocostuff', tmp_path, monkeypatch, train=2, test=1)
+    prepare.main(words)
     check(tmp_path / 'made', masks, 'cocostuff')
     assert split_ids(tmp_path / 'made', 'train') == sorted(names[:2])
+    for text, part in ((b'\xe9', 'is neither UTF-8'),
+                       (b'../../evil', "has the ID '../../evil'")):
+        write_zip(tmp_path / 'cocostuff-10k-v1.1.zip', {
+            **members, f'{folder}imageLists/test.txt': text})
+        with pytest.raises(utils.UserError, match=f'test.txt {part}'):
+            prepare.main([*words[:-1], str(tmp_path / 'again')])
 
 
 @pytest.mark.parametrize('data, part', (

@@ -10,6 +10,7 @@ import itertools
 import math
 import os
 import shutil
+import time
 from fractions import Fraction
 
 import cv2
@@ -81,13 +82,60 @@ def test_read_ids_of_other_systems(root, text):
     assert dataset.read_ids(str(root), 'train') == ['a', 'b']
 
 
-def test_read_ids_refuses_what_is_no_text_and_ids_that_are_twice(root):
-    list_path(root, 'train').write_bytes('äöü'.encode('latin-1'))
-    with pytest.raises(UserError, match='train.txt is neither UTF-8 nor'):
-        dataset.read_ids(str(root), 'train')
+@pytest.mark.parametrize('text', (
+    'äöü'.encode('latin-1'), 'a\nb\n'.encode('utf-16-le'), b'a\0b\n'))
+def test_read_ids_refuses_what_is_no_text(root, text):
+    list_path(root, 'train').write_bytes(text)
+    expect_error(lambda: dataset.read_ids(str(root), 'train'),
+                 list_path(root, 'train'), 'is neither UTF-8 nor UTF-16 text')
+
+
+def test_read_ids_refuses_what_is_no_list(root):
+    """A folder, a pipe that nobody writes to, a file of 2 GB."""
+    path = list_path(root, 'train')
+    for make, remove in ((path.mkdir, path.rmdir),
+                         (lambda: os.mkfifo(path), path.unlink)):
+        make()
+        expect_error(lambda: dataset.read_ids(str(root), 'train'), path,
+                     'is a folder or a device')
+        remove()
+    path.touch()
+    os.truncate(path, 2 ** 31)          # it takes no room
+    expect_error(lambda: dataset.read_ids(str(root), 'train'), path,
+                 'has 2,147,483,648 bytes')
+
+
+@pytest.mark.parametrize('name', (
+    '../evil', 'a/../../evil', '/tmp/evil', 'a//b', './a', 'a/', '.', '..',
+    '..\\evil', 'C:/evil', 'a\x1bb', 'a\u2028b', 300 * 'a/b/'))
+def test_read_ids_refuses_ids_that_leave_their_folder(root, name):
+    list_path(root, 'train').write_text(f'a\n{name}\n')
+    error = expect_error(lambda: dataset.read_ids(str(root), 'train'),
+                         list_path(root, 'train'), 'has the ID',
+                         repr(name[:60]))
+    assert len(str(error)) < 1000
+    with pytest.raises(UserError, match='has the ID'):
+        dataset.Segmentation('train', train=False)
+
+
+def test_read_ids_refuses_files_whose_names_are_no_ids(root):
+    add(root, 'a', [[0]], split='val')
+    label_path(root, 'b\\c').touch()
+    expect_error(lambda: dataset.read_ids(str(root), 'trainaug'),
+                 root / 'SegmentationClassAug', r"has the ID 'b\\c'")
+
+
+def test_read_ids_names_ids_that_are_twice_at_once(root):
+    """Of a long list, too."""
     list_path(root, 'train').write_text('a\nb\nc\nb\n')
     with pytest.raises(UserError, match='train.txt has b twice; remove one'):
         dataset.read_ids(str(root), 'train')
+    list_path(root, 'train').write_text(
+        ''.join(f'{i}\n' for i in range(60_000)) + '59999\n')
+    started = time.process_time()
+    with pytest.raises(UserError, match='has 59999 twice'):
+        dataset.read_ids(str(root), 'train')
+    assert time.process_time() - started < 5
 
 
 def test_read_ids_refuses_an_empty_list(root):
@@ -419,10 +467,10 @@ def test_script_draws_samples(toy, tmp_path):
     assert image.size[0] == 3 * 2 * 65             # 3 epochs
     assert image.size[1] > 4 * 65                  # 4 samples, a legend
     lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines[:6]] == [
-        'background', 'disc', 'square', 'triangle', 'star', 'ring']
-    shares = [float(line.split()[1][:-1]) for line in lines[:6]]
-    assert abs(sum(shares) - 100) < 0.1 and lines[6].startswith('12 images')
+    assert [line.split()[0] for line in lines[:7]] == [
+        'class', 'background', 'disc', 'square', 'triangle', 'star', 'ring']
+    shares = [float(line.split()[1]) for line in lines[1:7]]
+    assert abs(sum(shares) - 100) < 0.1 and lines[7].startswith('12 images')
 
 
 def test_script_refuses_a_bad_label(small, copy, monkeypatch, capsys):

@@ -16,9 +16,11 @@ from files import contents, expect_error, jpeg, png
 from lib.images import (
     full_palette,
     image_size,
+    read_any_image,
     read_classes,
     read_image,
     read_label,
+    save_image,
     save_label,
     voc_palette,
 )
@@ -153,7 +155,25 @@ def test_an_image_of_absurd_size_is_named(tmp_path):
         expect_error(lambda read=read: read(str(path)), path)
 
 
-# ------------------------------------------------- writing labels
+# ------------------------------------------------- writing
+def test_images_are_written_beside_and_renamed(tmp_path):
+    """What links of their names lead to stays as it is."""
+    image, names = np.full((8, 8, 3), 200, np.uint8), ('a.jpg', 'a.png')
+    for name in names:
+        (tmp_path / f'{name}.mine').write_text('mine')
+        for link in (name, f'{name}.tmp'):
+            (tmp_path / link).symlink_to(f'{name}.mine')
+        save_image(image, str(tmp_path / name))
+        assert (tmp_path / f'{name}.mine').read_text() == 'mine'
+        assert not (tmp_path / name).is_symlink()
+        assert np.abs(read_any_image(tmp_path / name) - 200.).max() < 3
+    with pytest.raises(TypeError):          # in the midst of it
+        save_image(np.zeros((1, 1, 7)), str(tmp_path / 'a.png'))
+    assert np.array_equal(read_any_image(tmp_path / 'a.png'), image)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *names, *(f'{name}.mine' for name in names)}
+
+
 @pytest.mark.parametrize('n', [2, 6, 21, 256])
 def test_save_label_round_trip(n, tmp_path):
     """Every value comes back, void too, however few the colours."""
@@ -218,12 +238,40 @@ def test_read_classes_of_other_systems(tmp_path, encoding):
 
 @pytest.mark.parametrize('text, part', [
     (b'a 0 0 0\nb\xe9 1 1 1\n', 'classes.txt is neither UTF-8 nor UTF-16'),
+    ('a 0 0 0\n'.encode('utf-16-le'), 'is neither UTF-8 nor UTF-16'),
+    (b'a\0b 0 0 0\n', 'is neither UTF-8 nor UTF-16'),
     (b'a b 0 0 0\nc 1 1 1\na  b 2 2 2\n', 'names the class a b twice'),
     (b'\n', 'names no class')])
 def test_read_classes_refuses_a_file(text, part, tmp_path):
     (tmp_path / 'classes.txt').write_bytes(text)
     with pytest.raises(UserError, match=part):
         read_classes(str(tmp_path), 2)
+
+
+def test_read_classes_refuses_what_is_no_file(tmp_path):
+    path = tmp_path / 'classes.txt'
+    path.mkdir()
+    with pytest.raises(UserError, match='classes.txt is a folder'):
+        read_classes(str(tmp_path), 3)
+    path.rmdir()
+    path.symlink_to('gone')
+    with pytest.raises(UserError, match='classes.txt is not there'):
+        read_classes(str(tmp_path), 3)
+    path.unlink()
+    path.touch()
+    os.truncate(path, 2 ** 31)
+    with pytest.raises(UserError, match='classes.txt has 2,147,483,648 byte'):
+        read_classes(str(tmp_path), 3)
+
+
+@pytest.mark.parametrize('line', (9 * '1' + ' 1 1', 'b 1 2 ' + 5000 * '1',
+                                  101 * 'b' + ' 1 2 3', 10 ** 6 * 'b ',
+                                  'b\x1b[31m 1 2 3'))
+def test_read_classes_names_a_line_of_any_length_in_short(line, tmp_path):
+    (tmp_path / 'classes.txt').write_text(f'a 0 0 0\n{line}\n')
+    with pytest.raises(UserError, match='classes.txt: the line') as error:
+        read_classes(str(tmp_path), 2)
+    assert len(str(error.value)) < 400
 
 
 @pytest.mark.parametrize('line', ['b', 'b 1 2', '1 2 3', 'b 1 2 256',

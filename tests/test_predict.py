@@ -23,6 +23,7 @@ import utils
 from conftest import refused
 from lib import visualize
 from lib.images import read_any_image, read_classes, read_label
+from lib.video import OverlayVideo
 
 
 def save_network(path):
@@ -167,17 +168,62 @@ def test_probabilities(net, command, window):
         assert (mask == want.argmax(0)).mean() > 0.999
 
 
-def test_what_cannot_be_written_is_named(net, command):
+def test_what_cannot_be_written_is_named(net, command, monkeypatch):
     """No folder can be made there; a full disk."""
     write_image('p.png')
     status, text = command('p.png', 'a.pth', '--to', '/proc/no')
     assert status == 1 and '/proc/no/p.png cannot be written' in text
-    os.mkdir('predictions')
-    os.symlink('/dev/full', 'predictions/p.prob.npy.tmp')
-    status, text = command('p.png', 'a.pth', '--probabilities')
+    with monkeypatch.context() as patch:
+        patch.setattr(np, 'save', lambda file, _: os.write(os.open(
+            '/dev/full', os.O_WRONLY), b'0'))
+        status, text = command('p.png', 'a.pth', '--probabilities')
     assert status == 1 and 'p.prob.npy cannot be written' in text
     assert 'make room' in text and 'Traceback' not in text
-    assert not os.path.lexists('predictions/p.prob.npy')
+    assert sorted(os.listdir('predictions')) == ['p.overlay.jpg', 'p.png']
+
+
+def test_links_are_replaced_not_followed(net, command):
+    """Of each result, and of what is written beside it; a folder that is a
+    link is the user's choice."""
+    write_image('p.png')
+    write_video('clip.avi', 2)
+    os.makedirs('elsewhere/clip')
+    os.symlink('elsewhere', 'predictions')
+    names = [f'p.{end}' for end in ('png', 'overlay.jpg', 'attention.jpg',
+                                    'em.jpg', 'prob.npy')] + [
+        'clip/000001.png', 'clip.overlay.mp4']
+    with open('mine', 'w') as file:
+        file.write('mine')
+    for name in [*names, *(f'{name}.tmp' for name in names),
+                 'clip.overlay.mp4.tmp.mp4']:
+        os.symlink(os.path.abspath('mine'), f'elsewhere/{name}')
+    status, text = command('p.png', 'clip.avi', 'a.pth', '--attention',
+                           '--em', '--probabilities')
+    assert (status, 'cannot' in text) == (0, False)
+    with open('mine') as file:
+        assert file.read() == 'mine'
+    for name in names:
+        assert not os.path.islink(f'predictions/{name}'), name
+    assert not [name for name in os.listdir('elsewhere') if
+                name.endswith('.tmp.mp4')]
+    assert cv2.VideoCapture('predictions/clip.overlay.mp4').read()[0]
+
+
+def test_a_video_that_is_cut_off_leaves_the_old_one(net, command, monkeypatch):
+    write_video('clip.avi', 3)
+    os.mkdir('predictions')
+    with open('predictions/clip.overlay.mp4', 'w') as file:
+        file.write('old')
+    inner = OverlayVideo.add
+
+    def add(video, page):
+        inner(video, page)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(OverlayVideo, 'add', add)
+    assert command('clip.avi', 'a.pth')[0] != 0
+    with open('predictions/clip.overlay.mp4') as file:
+        assert file.read() == 'old'
+    assert sorted(os.listdir('predictions')) == ['clip', 'clip.overlay.mp4']
 
 
 def test_an_image_too_large_for_the_memory_stops_nothing(net, command,

@@ -34,7 +34,7 @@ from conversion import (
     tree,
     write_tar,
 )
-from converters import layout
+from converters import custom, layout
 from converters import voc as converter
 from lib import download, images
 
@@ -353,10 +353,46 @@ def test_names_that_lead_out_of_the_folder(archives, tmp_path, monkeypatch):
     archives.lists['trainaug'] = sorted([*TRAINAUG, evil])
     archives.members[TGZ][f'{SBD}/train.txt'] += list_text([evil])
     archives.write(monkeypatch)
-    with pytest.raises(utils.RunError, match='could not be made'):
+    with pytest.raises(utils.UserError, match=(
+            f'{TGZ}: train.txt has the ID \'{evil}\'')):
         convert(tmp_path / 'a' / 'b' / 'new', archives)
     assert {path for path in contents(tmp_path)
             if not path.startswith('a/b/')} == around
+
+
+@pytest.mark.parametrize('name, member', [
+    (TAR, f'{VOC}/ImageSets/Segmentation/val.txt'), (TGZ, f'{SBD}/val.txt')])
+@pytest.mark.parametrize('text', [b'b\xe9\n', b'a\0\n'])
+def test_lists_that_are_no_text_are_named(archives, tmp_path, monkeypatch,
+                                          name, member, text):
+    archives.members[name][member] = text
+    archives.write(monkeypatch)
+    with pytest.raises(utils.UserError, match=f'{name}: val.txt is neither'):
+        convert(tmp_path / 'voc', archives)
+
+
+@pytest.mark.parametrize('change', [
+    {'counts': {'../x': 1}}, {'counts': {'train': 'many'}}, {'counts': [3]},
+    {'sources': {'images': {'../../mine': '1'}, 'labels': {}}},
+    {'sources': {'images': 3, 'labels': {}}}, {'sources': []},
+    {'options': 3}])
+def test_a_record_that_is_none_is_refused(tmp_path, change):
+    """prepared.json of another's folder; what it names outside is not
+    removed, as what is gone from a set is."""
+    (tmp_path / 'prepared.json').write_text(json.dumps({
+        'name': 'custom', 'options': {}, **change}))
+    with pytest.raises(utils.UserError, match='prepared.json cannot be read'):
+        layout.is_ready(str(tmp_path), 'custom', {'val': 0.2})
+
+
+def test_lists_of_a_set_cannot_name_what_is_outside(tmp_path):
+    """A conversion would remove it: no source has that name."""
+    (tmp_path / layout.LISTS).mkdir(parents=True)
+    (tmp_path / layout.LISTS / 'train.txt').write_text('a\n../../mine\n')
+    for read in (lambda: custom.read_lists(str(tmp_path)),
+                 lambda: layout.missing(str(tmp_path), ['train'])):
+        with pytest.raises(utils.UserError, match="train.txt has the ID '../"):
+            read()
 
 
 @each_archive

@@ -14,7 +14,7 @@ import settings
 import train
 from conftest import REPO, refused
 from files import expect_error
-from lib import cost, run
+from lib import cost, run, signals
 from utils import RunError
 
 
@@ -27,12 +27,12 @@ def test_commands_repeat_what_was_typed(monkeypatch):
                              "ITER_MAX=4")
     assert run.command(ITER_MAX=8, LR=None) == (
         "python train.py 'DATA_ROOT=my data' ITER_MAX=8")
-    assert run.resume_command() == f'to resume: {run.command()}'
+    assert signals.resume_command() == f'to resume: {run.command()}'
     for name in 'RANK', 'LOCAL_RANK', 'WORLD_SIZE':
         monkeypatch.setenv(name, '1')
-    assert 'torchrun' in run.resume_command()
+    assert 'torchrun' in signals.resume_command()
     monkeypatch.setenv('SPAWNED_BY', '1')       # by train.py itself
-    assert run.resume_command() == f'to resume: {run.command()}'
+    assert signals.resume_command() == f'to resume: {run.command()}'
 
 
 # ------------------------------------------------- the lock

@@ -3,12 +3,14 @@ copies of the project.
 
     python -m pytest tests/test_scripts.py
 """
+import contextlib
 import glob
 import json
 import os
 import pkgutil
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -18,8 +20,10 @@ import urllib.request
 import pytest
 from tensorboardX import SummaryWriter
 
-from conftest import REPO, SMALL, run_tool, words
-from lib import checkpoint
+from conftest import REPO, SMALL, refused, run_tool, words
+from lib import checkpoint, experiments
+from project import copy_project
+from tools import bench, compare_heads
 
 SCRIPTS = ['.ci/run'] + sorted(
     os.path.relpath(path, REPO) for folder in ('', 'recipes')
@@ -30,15 +34,6 @@ PAGES = ['README.md', 'CONTRIBUTING.md'] + sorted(
 
 FOLDERS = ['classes/', 'converters/', 'docs/', 'lib/', 'lists/', 'models/',
            'recipes/', 'tests/', 'tools/']
-
-
-def copy_project(to):
-    """Copy the project to a folder, as a fresh clone has it."""
-    shutil.copytree(REPO, to, ignore=shutil.ignore_patterns(
-        '.git', '.venv', 'data', 'demo', 'logdir', '*.pth', 'predictions',
-        'compare', 'results', 'results.csv', 'results.tgz', '__pycache__',
-        '.pytest_cache', '.ruff_cache'))
-    return to
 
 
 def write_files(folder, names):
@@ -92,8 +87,9 @@ def test_scripts_pass_shellcheck():
 
 
 def test_demo(folder):
-    """All of it but the length of the training."""
-    done = sh(folder, 'demo.sh', 'ITER_MAX=2', 'STRIDE=32')
+    """All of it but the length of the training and the size of images."""
+    done = sh(folder, 'demo.sh', 'ITER_MAX=2', 'STRIDE=32', 'CROP_SIZE=65',
+              'EM_CHANNELS=32', 'EVAL_SCALES=0.25')
     assert done.returncode == 0, done.stderr[-2000:]
     assert 'demo/predictions' in done.stdout
     predicted = os.listdir(folder / 'demo' / 'predictions')
@@ -104,11 +100,51 @@ def test_demo(folder):
     assert list(result['classes'])[1] == 'disc'
 
 
+@pytest.mark.parametrize('word', ('ITER_MAX', 'fast', '--help', '=1'))
+def test_demo_takes_settings_alone(folder, word):
+    done = sh(folder, 'demo.sh', 'ITER_MAX=2', word)
+    assert (done.returncode, done.stdout) == (2, '')
+    assert done.stderr == (f'demo.sh: {word}: only KEY=VALUE words are taken '
+                           f'here\n')
+    assert not (folder / 'data').exists()
+
+
+@pytest.mark.parametrize('python, others, message, status', (
+    ('', {}, 'requirements.txt is not in ', 2),
+    ('exit 1', {'requirements.txt': ''}, 'Python 3.10 or later is needed', 2),
+    ('case $1 in -m) mkdir .venv; exit 1; esac', {'requirements.txt': ''},
+     '.venv cannot be made', 1),
+    ('case $1 in -m) mkdir -p .venv/bin; echo "python() { false; }" '
+     '> .venv/bin/activate; esac', {'requirements.txt': ''},
+     'pip could not install requirements.txt', 1)))
+def test_setup_says_in_a_line_what_is_wrong(tmp_path, monkeypatch, python,
+                                            others, message, status):
+    """With a stand-in for python3. What it leaves does not spoil the next
+    try, and a shell that it was read into stays."""
+    shutil.copy(os.path.join(REPO, 'setup.sh'), tmp_path)
+    for name, text in {'bin/python3': f'#!/bin/sh\n{python}\n',
+                       **others}.items():
+        write_files(tmp_path, [name])
+        (tmp_path / name).write_text(text)
+    (tmp_path / 'bin' / 'python3').chmod(0o755)
+    monkeypatch.setenv('PATH', f'{tmp_path}/bin:/usr/bin:/bin')
+    for name in ('VIRTUAL_ENV', 'CONDA_PREFIX'):
+        monkeypatch.delenv(name, raising=False)
+    done = subprocess.run(
+        ['sh', '-c', '. ./setup.sh; echo "status $?"'], cwd=tmp_path,
+        text=True, capture_output=True, check=False)
+    assert done.stdout.splitlines()[-1] == f'status {status}'
+    line, = done.stderr.splitlines()
+    assert line.startswith(f'setup.sh: {message}')
+    assert message.startswith('pip') or not (tmp_path / '.venv').exists()
+
+
 @pytest.mark.parametrize('arguments, expected', (
     ([], ['not long']),
     (['-k', 'a or b'], ['not long', '-k', 'a or b']),
     (['--long'], ['long']),
-    (['--long', '-k', 'a or b'], ['long', '-k', 'a or b'])))
+    (['--long', '-k', 'a or b'], ['long', '-k', 'a or b']),
+    (['-k', 'a or b', '--long'], ['long', '-k', 'a or b'])))
 def test_test_sh_lints_then_runs_quick_or_long_tests(arguments, expected,
                                                      tmp_path):
     """With a pytest that prints its arguments."""
@@ -147,62 +183,7 @@ def test_ci_runs_all_tests_and_fails_where_some_fail(quick, long, status,
     assert 'playwright could not be installed' in done.stderr
 
 
-# ------------------------------------------------- clean.sh
-def test_clean_removes_what_a_run_made_and_nothing_else(folder):
-    kept = ['models/resnet18-f37072fd.pth', 'models/step_best.pth',
-            'data/toy/classes.txt', 'predictions/a.png', 'logdir/mine.txt',
-            'results.csv', 'results.tgz']
-    gone = ['models/latest.pth', 'models/best.pth', 'models/final.pth',
-            'models/step_20.pth', 'models/latest.pth.tmp',
-            'logdir/log.csv', 'logdir/eval.json', 'logdir/confusion.png',
-            'logdir/classes.png', 'logdir/settings.json',
-            'logdir/events.out.tfevents.1.host']
-    sources = {path for path in folder.rglob('*') if path.is_file()}
-    write_files(folder, kept + gone)
-    for _ in range(2):
-        done = sh(folder, 'clean.sh')
-        assert done.returncode == 0, done.stderr
-        assert all((folder / name).exists() for name in kept)
-        assert not any((folder / name).exists() for name in gone)
-        assert all(path.exists() for path in sources)
-
-
-def test_clean_follows_the_settings(folder):
-    path = folder / 'settings.py'
-    path.write_text(path.read_text().replace("= 'models'", "= 'my models'")
-                    .replace("= 'logdir'", "= 'my log'"))
-    write_files(folder, ('my models/latest.pth', 'my log/log.csv',
-                         'models/latest.pth'))
-    assert sh(folder, 'clean.sh').returncode == 0
-    assert not (folder / 'my models' / 'latest.pth').exists()
-    assert not (folder / 'my log').exists()
-    assert (folder / 'models' / 'latest.pth').exists()
-
-
-# ------------------------------------------------- fork.sh
-def test_fork_makes_an_experiment(folder):
-    weights = 'models/resnet18-f37072fd.pth'
-    of_runs = ['models/latest.pth', 'models/step_5.pth', 'logdir/log.csv',
-               'results.csv', 'lib/__pycache__/a.pyc']
-    sources = {path.relative_to(folder) for path in folder.rglob('*')
-               if path.is_file()}
-    write_files(folder, ['data/toy/classes.txt', weights, *of_runs])
-    done = sh(folder, 'fork.sh', 'EMANet101.learned')
-    assert done.returncode == 0, done.stderr
-    fork = folder.parent / 'EMANet101.learned'
-    assert (fork / 'data').resolve() == (folder / 'data').resolve()
-    assert (fork / weights).read_text() == weights
-    assert not any((fork / name).exists() for name in of_runs)
-    for name in sources:                # all that a fresh clone has
-        assert (fork / name).read_bytes() == (folder / name).read_bytes()
-
-
-@pytest.mark.parametrize('name', ('EMANet101', 'a/b', '..', '', '-a'))
-def test_fork_refuses_other_names(folder, name):
-    done = sh(folder, 'fork.sh', name)
-    assert done.returncode == 2 and 'fork.sh' in done.stderr
-
-
+# ------------------------------------------------- an example of the docs
 def test_your_own_head_in_20_lines(folder, toy):
     """The patch of the docs, in a fork, trains and evaluates."""
     patch = read_blocks('diff', 'docs/your_own_head.md')[0]
@@ -213,9 +194,10 @@ def test_your_own_head_in_20_lines(folder, toy):
     fork = folder.parent / 'mine'
     subprocess.run(['git', 'apply', '-'], input=patch, text=True, cwd=fork,
                    check=True)
-    given = words({**SMALL, 'ITER_MAX': 2, 'DATA_ROOT': toy, 'HEAD': 'mine'})
+    given = words({**SMALL, 'ITER_MAX': 2, 'DATA_ROOT': toy, 'HEAD': 'mine',
+                   'CROP_SIZE': 33, 'EVAL_SCALES': 0.5})
     for script, *rest in (['train.py', *given],
-                          ['eval.py', f'DATA_ROOT={toy}']):
+                          ['eval.py', f'DATA_ROOT={toy}', 'EVAL_SCALES=0.5']):
         done = subprocess.run([sys.executable, script, *rest], cwd=fork,
                               text=True, capture_output=True)
         assert done.returncode == 0, done.stderr
@@ -225,12 +207,67 @@ def test_your_own_head_in_20_lines(folder, toy):
 
 
 # ------------------------------------------------- tensorboard.sh
+def write_experiments(around, logs):
+    """Write experiments of settings.py that must not be run, and folders with
+    events in them."""
+    for name, text in logs.items():
+        write_files(around, [f'{name}/settings.py'])
+        (around / name / 'settings.py').write_text(
+            f'open("{around}/was_run", "w")\n{text}\n')
+
+
+def test_logs_of_other_folders_are_found_without_running_their_code(tmp_path):
+    """By LOG_DIR, however it is edited; by settings.json, as a run on other
+    words writes it."""
+    around, links = tmp_path / 'around', tmp_path / 'links'
+    links.mkdir()
+    events = 'events.out.tfevents.1.host'
+    write_experiments(around, {
+        'plain': 'ITER_MAX = 3\nLOG_DIR = "log dir"', 'edited': 'LOG_DIR = (',
+        'twice': 'LOG_DIR = "a"', 'absolute': f'LOG_DIR = "{tmp_path}/disk"',
+        'fresh': 'LOG_DIR = "logdir"', 'other': 'DEBUG = True',
+        'deep': f'X = {"-" * 1000}1'})
+    write_files(tmp_path, [f'disk/{events}'])
+    write_files(around, [
+        f'plain/log dir/{events}', f'edited/logs/{events}',
+        'edited/logs/settings.json', f'edited/unlike/{events}',
+        f'twice/a/{events}', f'twice/b/deeper/{events}',
+        'twice/b/settings.json', 'fresh/logdir/settings.json',
+        f'no_experiment/logdir/{events}'])
+    experiments.link_logs(str(around), str(links))
+    assert not (around / 'was_run').exists()
+    assert {str(path.relative_to(links)): path.resolve()
+            for path in links.rglob('*') if path.is_symlink()} == {
+        'plain': around / 'plain/log dir', 'edited': around / 'edited/logs',
+        'twice/a': around / 'twice/a', 'twice/b': around / 'twice/b',
+        'absolute': tmp_path / 'disk'}
+
+
+@pytest.mark.parametrize('place, wanted', (
+    ('logs', {'logs': 'logs'}), ('one', {'one': 'one/logdir'}),
+    ('one/logdir', {'logdir': 'one/logdir'}), ('none', {})))
+def test_a_folder_of_logs_and_one_experiment_are_linked(tmp_path, place,
+                                                        wanted):
+    links = tmp_path / 'links'
+    write_experiments(tmp_path, {'one': 'LOG_DIR = "logdir"',
+                                 'none': 'LOG_DIR = "logdir"'})
+    write_files(tmp_path, ['logs/a/events.out.tfevents.1', 'links/x',
+                           'one/logdir/events.out.tfevents.1'])
+    (links / 'x').unlink()
+    experiments.link_logs(str(tmp_path / place), str(links))
+    assert {path.name: str(path.resolve().relative_to(tmp_path))
+            for path in links.iterdir()} == wanted
+    assert not (tmp_path / 'was_run').exists()
+
+
 @pytest.mark.parametrize('where, runs', (('.', {'EMANet101'}),
                                          ('..', {'EMANet101', 'other'})))
 def test_tensorboard_shows_experiments_by_their_folders(folder, where, runs):
     shutil.copytree(folder, folder.parent / 'other')
     (folder.parent / 'site').mkdir()
-    (folder.parent / 'site' / 'settings.py').write_text('DEBUG = True')
+    (folder.parent / 'tmp').mkdir()
+    (folder.parent / 'site' / 'settings.py').write_text(
+        'DEBUG = True\nopen("was_run", "w")')
     for name in ('EMANet101', 'other'):
         with SummaryWriter(str(folder.parent / name / 'logdir')) as board:
             board.add_scalar('loss', 1.0, 1)
@@ -239,8 +276,8 @@ def test_tensorboard_shows_experiments_by_their_folders(folder, where, runs):
         port = s.getsockname()[1]
     process = subprocess.Popen(
         ['sh', 'tensorboard.sh', where, '--port', str(port)], cwd=folder,
-        env=with_our_python(), stderr=subprocess.DEVNULL,
-        start_new_session=True)
+        env={**with_our_python(), 'TMPDIR': str(folder.parent / 'tmp')},
+        stderr=subprocess.DEVNULL, start_new_session=True)
     found = None
     try:
         for _ in range(300):
@@ -254,14 +291,37 @@ def test_tensorboard_shows_experiments_by_their_folders(folder, where, runs):
                 break
             time.sleep(0.5)
         assert found == runs
+        process.terminate()             # the shell alone, as `kill` does
+        assert process.wait(20) == 128 + signal.SIGTERM
+        with pytest.raises(OSError):    # and its server has ended
+            for _ in range(40):
+                urllib.request.urlopen(f'http://localhost:{port}').close()
+                time.sleep(0.5)
+        assert not [*(folder.parent / 'tmp').glob('tmp.*')]
+        assert not [*folder.parent.rglob('was_run')]
     finally:
-        os.killpg(process.pid, 15)
-        process.wait(20)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
-def test_tensorboard_says_when_there_is_nothing(folder):
+@pytest.mark.parametrize('where, message', (
+    ('', ' holds no log; train first'), ('gone', '/gone: no such folder'),
+    ('tests', '/tests holds no log; train first')))
+def test_tensorboard_says_when_there_is_nothing(folder, where, message):
+    """A folder's name is taken as seen from where the user is."""
+    done = sh(folder.parent, folder / 'tensorboard.sh', f'EMANet101/{where}')
+    assert done.returncode == 2 and done.stdout == ''
+    assert done.stderr.endswith(message + '\n')
+    assert done.stderr.startswith(f'tensorboard.sh: {folder}')
+    assert done.stderr.count('\n') == 1
+
+
+def test_tensorboard_is_needed(folder, monkeypatch):
+    (folder / 'tensorboard.py').write_text('raise ImportError')
     done = sh(folder, 'tensorboard.sh')
-    assert done.returncode == 2 and 'no log; train first' in done.stderr
+    assert (done.returncode, done.stdout, done.stderr) == (
+        1, '', 'tensorboard.sh: TensorBoard is not installed; run: '
+        '. ./setup.sh\n')
 
 
 # ------------------------------------------------- what the docs name
@@ -300,6 +360,7 @@ def test_the_contributing_guide_names_what_exists():
 
 # ------------------------------------------------- the longer tools
 def test_the_benchmark_prints_its_tables(tmp_path):
+    """By its module's name, as a user starts a tool."""
     done = run_tool('bench', 'evaluation', '--rounds', 1, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     ours = re.findall(r'^\| ours.*?\| +([\d.]+) +\|', done.stdout, re.M)
@@ -308,18 +369,21 @@ def test_the_benchmark_prints_its_tables(tmp_path):
 
 
 @pytest.mark.parametrize('tool, arguments, message', (
-    ('bench', ['speed'], 'speed: areas are'),
-    ('bench', ['--rounds', 0], 'rounds at least 1'),
-    ('compare_heads', [], 'name the folder'),
-    ('compare_heads', ['--camvid', 'gone'], '--camvid gone: no such folder')))
-def test_the_longer_tools_refuse_in_a_line(tool, arguments, message,
-                                           tmp_path):
-    done = run_tool(tool, *arguments, cwd=tmp_path)
-    assert done.returncode == 2 and message in done.stderr
-    assert 'Traceback' not in done.stderr
+    (bench, ['speed'], 'speed: areas are'),
+    (bench, ['--rounds', 0], 'rounds at least 1'),
+    (compare_heads, [], 'name the folder'),
+    (compare_heads, ['--camvid', 'gone'], '--camvid gone: no such folder')))
+def test_the_longer_tools_refuse_in_a_line(tool, arguments, message, tmp_path,
+                                           monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    status, line = refused(tool.main, *arguments, monkeypatch=monkeypatch,
+                           capsys=capsys)
+    assert status == 2 and message in line
 
 
-def test_a_comparison_that_was_not_run_says_so(tmp_path):
-    done = run_tool('compare_heads', '--table', cwd=tmp_path)
-    assert done.returncode == 0
-    assert re.search(r'^\| psa +\| not run +\| not run', done.stdout, re.M)
+def test_a_comparison_that_was_not_run_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'argv', ['compare_heads.py', '--table'])
+    compare_heads.main()
+    assert re.search(r'^\| psa +\| not run +\| not run',
+                     capsys.readouterr().out, re.M)

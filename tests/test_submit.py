@@ -122,6 +122,27 @@ def test_images_are_checked_before_the_first_prediction(bad):
     assert not os.path.exists('results')
 
 
+@pytest.mark.parametrize('name', ('../evil', '{}/evil', '..\\evil'))
+def test_ids_that_leave_their_folder_are_refused(bad, tmp_path, name):
+    path = tmp_path / 'set/ImageSets/Segmentation/val.txt'
+    path.write_text(f'{bad.ids[0]}\n{name.format(tmp_path)}\n')
+    for place in ('set/evil.jpg', 'evil.jpg'):
+        shutil.copy(bad.image, tmp_path / place)
+    bad(texts=(path, 'has the ID'))
+    assert not os.path.exists('results')
+
+
+def test_ids_in_folders(bad, tmp_path):
+    """sub/a is a legal ID; its mask lies in a folder, too."""
+    (tmp_path / 'set/JPEGImages/sub').mkdir()
+    shutil.copy(bad.image, tmp_path / 'set/JPEGImages/sub/a.jpg')
+    (tmp_path / 'set/ImageSets/Segmentation/val.txt').write_text('sub/a\n')
+    settings.override(['STRIDE=16', 'NUM_WORKERS=0'])
+    submit.submit(heads.build_network())
+    with tarfile.open('results.tgz') as archive:
+        assert archive.getnames() == [submit.mask_path('sub/a')]
+
+
 SPOILT = {
     'gone': (os.remove, 'cannot be read (FileNotFoundError)'),
     'truncated': (lambda path: os.truncate(path, 60), 'cannot be read'),

@@ -54,11 +54,15 @@ def test_real_faults_end_in_one_line(tmp_path, monkeypatch, capsys):
         assert code == status and str(tmp_path) in line
 
 
-def test_ctrl_c_ends_in_one_line():
+def test_ctrl_c_ends_in_one_line(capsys):
     def main():
         raise KeyboardInterrupt
-    with pytest.raises(SystemExit, match='interrupted'):
+    with pytest.raises(SystemExit) as stop:
         utils.run_main(main)
+    assert stop.value.code == utils.INTERRUPTED
+    assert capsys.readouterr().err.endswith(': interrupted\n')
+    # another one, while Python ends, prints no traceback
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
 
 
 def test_a_good_end_is_left_alone():

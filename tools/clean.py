@@ -2,9 +2,9 @@
 
     sh clean.sh [KEY=VALUE ...]         the words that train.py was given
 
-LOG_DIR/settings.json, which the run wrote, says where its checkpoints are.
-Only files that train.py and eval.py write are removed, by their exact names;
-a run at work is left alone.
+LOG_DIR/settings.json, which the run wrote, says where its checkpoints are; a
+MODEL_DIR outside this folder has to be named too. Only files that train.py and
+eval.py write are removed, by their exact names; a run at work is left alone.
 """
 import json
 import os
@@ -13,7 +13,14 @@ import sys
 
 import settings
 from lib.run import lock_folders
-from utils import UserError, make_parser, plural, run_main
+from utils import (
+    RunError,
+    UserError,
+    make_parser,
+    plural,
+    read_text,
+    run_main,
+)
 
 CHECKPOINTS = re.compile(r'(latest|best|final|step_\d+)\.pth(\.tmp)?|\.lock')
 LOGS = re.compile(r'(log\.csv|(settings|eval)\.json|(samples|confusion|'
@@ -23,31 +30,65 @@ LOGS = re.compile(r'(log\.csv|(settings|eval)\.json|(samples|confusion|'
 def read_model_dir():
     """Return MODEL_DIR of the run in LOG_DIR, None where no run is there.
 
-    Raises UserError where the command line names another.
+    Raises UserError where it is not the folder that the user means: the
+    record was copied from another run, may name anyone's folder.
     """
-    path = os.path.join(settings.LOG_DIR, 'settings.json')
-    try:
-        with open(path) as file:
-            folder = json.load(file)['MODEL_DIR'] + ''
-    except FileNotFoundError:
+    log = settings.LOG_DIR
+    path = os.path.join(log, 'settings.json')
+    if not os.path.lexists(path):
         return None
-    except (OSError, ValueError, LookupError, TypeError):
+    try:
+        record = json.loads(read_text(path))
+        folder, former = record['MODEL_DIR'] + '', record['LOG_DIR'] + ''
+    except (ValueError, LookupError, TypeError, RecursionError):
         raise UserError(f'{path} cannot be read: remove the files of the run '
                         f'by hand') from None
     asked = settings.given().get('MODEL_DIR', folder)
     if asked != folder:
-        raise UserError(f'MODEL_DIR={asked}: the run in LOG_DIR='
-                        f'{settings.LOG_DIR} wrote to {folder}; nothing was '
-                        f'removed. Name the LOG_DIR of the run too')
+        raise UserError(f'MODEL_DIR={asked}: the run in LOG_DIR={log} wrote '
+                        f'to {folder}; nothing was removed. Name the LOG_DIR '
+                        f'of the run too')
+    if os.path.realpath(former) != os.path.realpath(log):
+        raise UserError(f'{path} is of a run whose LOG_DIR was {former}, '
+                        f'which is another folder; nothing was removed. '
+                        f'Remove its files by hand')
+    if folder != settings.MODEL_DIR and not is_here(folder):
+        raise UserError(f'the run in LOG_DIR={log} wrote to {folder}, which '
+                        f'is not in this folder; nothing was removed. To '
+                        f'remove its checkpoints too, add MODEL_DIR={folder}')
     return folder
 
 
+def is_here(folder):
+    """Tell whether a folder is the current one, or named as inside it."""
+    here = os.getcwd()
+    return os.path.commonpath([here, os.path.abspath(folder)]) == here
+
+
 def find_files(folder, names):
-    """Return the paths of a folder's files whose whole name matches."""
+    """Return the paths of a folder's files whose whole name matches, the
+    record of the run last, so that this can be repeated; no folders."""
     if not os.path.isdir(folder):
         return []
-    return sorted(os.path.join(folder, name) for name in os.listdir(folder)
-                  if names.fullmatch(name))
+    paths = [os.path.join(folder, name) for name in sorted(
+        os.listdir(folder), key=lambda name: (name == 'settings.json', name))
+        if names.fullmatch(name)]
+    return [path for path in paths
+            if os.path.islink(path) or not os.path.isdir(path)]
+
+
+def remove_run(models, log):
+    """Remove the files of a run from MODEL_DIR and LOG_DIR."""
+    lock_folders(is_trial=True)
+    count = 0
+    for path in find_files(models, CHECKPOINTS) + find_files(log, LOGS):
+        if os.path.lexists(path):       # both may be one folder
+            os.remove(path)
+            print(f'removed {path}')
+            count += 1
+    print(f'{plural(count, "file")} of the run in {log} removed')
+    if not os.path.islink(log) and not os.listdir(log):
+        os.rmdir(log)
 
 
 def main():
@@ -64,14 +105,12 @@ def main():
         raise UserError(f'MODEL_DIR={models!r}, LOG_DIR={log!r}: an empty '
                         f'name is no folder; remove the files by hand')
     settings.MODEL_DIR = models
-    lock_folders(is_trial=True)
-    files = find_files(models, CHECKPOINTS) + find_files(log, LOGS)
-    for path in files:
-        os.remove(path)
-        print(f'removed {path}')
-    print(f'{plural(len(files), "file")} of the run in {log} removed')
-    if os.path.isdir(log) and not os.listdir(log):
-        os.rmdir(log)
+    try:
+        remove_run(models, log)
+    except OSError as error:
+        raise RunError(f'{error.filename} cannot be removed '
+                       f'({error.strerror}); mend that and repeat the '
+                       f'command') from None
 
 
 if __name__ == '__main__':

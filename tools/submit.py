@@ -21,7 +21,7 @@ import utils
 from dataset import Segmentation
 from lib import distributed
 from lib.checkpoint import find_checkpoint
-from lib.images import UNREADABLE, save_label, voc_palette
+from lib.images import UNREADABLE, save_label, voc_palette, writing
 from lib.recorded import adopt_data
 
 FOLDER = 'results/VOC2012/Segmentation/comp6_test_cls'
@@ -33,10 +33,10 @@ def submit(net):
     archive; raise UserError where an image is missing or unreadable."""
     data = Segmentation(settings.VAL_SPLIT, False, labelled=False)
     sizes = data.image_sizes()          # what can fail is tried before
-    os.makedirs(FOLDER, exist_ok=True)
     for preds, _, ids in eval.predictions(net, data):
         for pred, name in zip(preds.cpu().numpy(), ids, strict=True):
-            save_label(pred, mask_path(name), voc_palette())
+            with writing(mask_path(name)):      # sub/a has a folder, too
+                save_label(pred, mask_path(name), voc_palette())
     distributed.gather(None)            # until all processes are here
     if utils.rank() == 0:
         pack(data.ids, sizes)
