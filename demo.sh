@@ -4,6 +4,13 @@
 #     sh demo.sh [KEY=VALUE ...]          # such as ITER_MAX=50
 set -eu
 cd "$(dirname "$0")"
+for word in "$@"; do
+    case $word in
+        [A-Z]*=*) ;;
+        *) echo "demo.sh: $word: only KEY=VALUE words are taken here" >&2
+            exit 2 ;;
+    esac
+done
 . ./setup.sh
 
 set -- DATA_ROOT=data/toy TRAIN_SPLIT=train MODEL_DIR=demo/models \

@@ -6,10 +6,13 @@ cd "$(dirname "$0")"
 REQUIREMENTS=requirements-dev.txt
 . ./setup.sh
 which='not long'
-if [ "${1:-}" = --long ]; then
-    which=long
+for word in "$@"; do
     shift
-fi
+    case $word in
+        --long) which=long ;;
+        *) set -- "$@" "$word" ;;
+    esac
+done
 python -m ruff check .
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 exec python -m pytest tests -q -n 2 --dist worksteal -m "$which" "$@"

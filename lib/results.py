@@ -1,41 +1,91 @@
 """results.csv: a line for each evaluation, in the folder where it runs."""
+import contextlib
 import csv
 import fcntl
+import io
 import os
 
-from utils import RunError, UserError, git_hash
+from utils import (
+    RunError,
+    UserError,
+    atomic_write,
+    forked_from,
+    git_hash,
+    read_text,
+)
 
 RESULTS = 'results.csv'
-COLUMNS = ('experiment', 'checkpoint', 'sha256', 'weights', 'step', 'data',
-           'split', 'images', 'stride', 'scales', 'flip', 'window',
+COLUMNS = ('experiment', 'parent', 'checkpoint', 'sha256', 'weights', 'step',
+           'data', 'split', 'images', 'stride', 'scales', 'flip', 'window',
            'inference', 'mean_over', 'mIoU', 'seconds', 'git', 'IoU')
+HEADER = ','.join(COLUMNS) + '\n'
 
 
 def open_results():
     """Return results.csv open to append to, with its header, and locked
-    against other processes until it is closed.
+    against other processes until it is closed. A file of an older version
+    gets the columns that it lacks, empty.
 
     Raises RunError where it cannot be written, UserError where its columns
     are others.
     """
     try:
-        file = open(RESULTS, 'a+', newline='')
+        while True:
+            with contextlib.ExitStack() as stack:   # closed, unless returned
+                file = stack.enter_context(open(
+                    RESULTS, 'a', encoding='utf-8', newline=''))
+                fcntl.flock(file, fcntl.LOCK_EX)
+                if _is_in_place(file) and _has_header(file):
+                    stack.pop_all()
+                    return file
     except OSError as error:
         raise RunError(f'{RESULTS} cannot be written in this folder '
                        f'({error.strerror}); work in a folder of yours'
                        ) from None
-    fcntl.flock(file, fcntl.LOCK_EX)
-    file.seek(0)
-    text = file.read()
-    if text and text.splitlines()[0] != ','.join(COLUMNS):
-        file.close()
-        raise UserError(f'{RESULTS} has other columns than '
-                        f'{",".join(COLUMNS)}; move it away')
-    if not text:
-        file.write(','.join(COLUMNS))
-    if not text.endswith('\n'):
+
+
+def _is_in_place(file):
+    """Tell whether nobody has moved or replaced the file since it was opened,
+    while this process waited for the lock."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(RESULTS))
+    return False
+
+
+def _has_header(file):
+    """Give an empty file the header, end a line that an editor left open;
+    replace a file with another header, and return False."""
+    with open(RESULTS, 'rb') as reader:
+        content = reader.read()
+    if content and not content.startswith(HEADER.encode()):
+        _add_columns()
+        return False
+    if not content:
+        file.write(HEADER)
+    elif not content.endswith(b'\n'):
         file.write('\n')
-    return file
+    return True
+
+
+def _add_columns():
+    """Rewrite results.csv with all columns."""
+    reader = csv.DictReader(io.StringIO(read_text(RESULTS)))
+    try:
+        rows = list(reader)
+        other = ', '.join(repr(name) for name in reader.fieldnames or ()
+                          if name not in COLUMNS)
+        if any(None in row for row in rows):        # where the reader puts it
+            other = other or 'a line is longer than the header'
+    except csv.Error as error:
+        other = str(error)
+    if other:
+        raise UserError(f'{RESULTS} has other columns than those of eval.py '
+                        f'({other}); move it away')
+    with atomic_write(os.path.realpath(RESULTS)) as path, open(
+            path, 'w', encoding='utf-8', newline='') as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def append_result(scored, weights, result, seconds):
@@ -50,7 +100,8 @@ def append_result(scored, weights, result, seconds):
     classes = '; '.join(f'{name}: ' + ('-' if iou is None else f'{iou:.4f}')
                         for name, iou in result['classes'].items())
     row = {'experiment': os.path.basename(os.getcwd()), 'weights': weights,
-           **scored, 'mIoU': f'{result["mIoU"]:.6f}', 'git': git_hash(),
+           'parent': forked_from().get('parent', ''), **scored,
+           'mIoU': f'{result["mIoU"]:.6f}', 'git': git_hash(),
            'seconds': f'{seconds:.1f}', 'IoU': classes}
     with open_results() as file:
         csv.DictWriter(file, COLUMNS, lineterminator='\n').writerow({

@@ -5,14 +5,20 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
 import prepare
 import settings
 import utils
+from project import EDITED, SETTINGS, copy_project
 
-REPO = utils.ROOT
+# the folder whose scripts are run; where settings.py was edited, a copy that
+# has the shipped values
+_copies = tempfile.TemporaryDirectory(prefix='project_')
+REPO = copy_project(f'{_copies.name}/EMANet') if EDITED else utils.ROOT
+vars(settings).update(SETTINGS)
 
 # a network and a schedule of seconds, on the toy set
 SMALL = {'N_CLASSES': 6, 'TRAIN_SPLIT': 'train', 'N_LAYERS': 18,
@@ -32,7 +38,7 @@ def toy(tmp_path_factory):
 @pytest.fixture(scope='session')
 def shared():
     """The folder of recorded facts and real pictures beside the project."""
-    path = os.path.join(os.path.dirname(REPO), 'shared')
+    path = os.path.join(os.path.dirname(utils.ROOT), 'shared')
     if not os.path.isdir(path):
         pytest.skip('no ../shared')
     return path
@@ -97,3 +103,4 @@ def refused(main, *arguments, monkeypatch, capsys):
 def pytest_sessionfinish():
     """End the loader processes that runs stopped by an error have left."""
     utils.end_workers()
+    _copies.cleanup()

@@ -280,9 +280,20 @@ def test_the_labelmap_of_cvat_is_found(args, tmp_path, place, capsys):
 @pytest.mark.parametrize('text, part', (
     ('# label:color_rgb:parts:actions\n', 'names no class'),
     ('car:1,2,3::\nroof 1 2 3', "the line 'roof 1 2 3' is not"),
-    ('car:1,2,300::\n', "the line 'car:1,2,300::' is not")))
+    ('car:1,2,300::\n', "the line 'car:1,2,300::' is not"),
+    ('# label\ncar:1,2,' + 5000 * '3' + '::\n', "the line 'car:1,2,3333")))
 def test_a_labelmap_that_cannot_be(args, tmp_path, text, part):
     args.classes = str(tmp_path / 'labelmap.txt')
     Path(args.classes).write_text(text)
     with pytest.raises(utils.UserError, match=part):
         masks.read_classes(args)
+
+
+def test_more_classes_than_a_label_holds_are_refused():
+    """Class 255 would be void."""
+    names = [*map(str, range(255)), 'void']
+    (kept, _), place = masks.split_void((names, names))
+    assert len(kept) == 255 and place == [*range(256)]
+    names = [*map(str, range(256)), 'void']
+    with pytest.raises(utils.UserError, match='256 classes are named'):
+        masks.split_void((names, names))

@@ -51,13 +51,14 @@ def test_a_line_holds_what_was_scored(small, tmp_path, monkeypatch, evaluate):
     assert tuple(first) == results.COLUMNS
     with open('a.pth', 'rb') as file:
         digest = hashlib.sha256(file.read()).hexdigest()
-    with open('logdir/eval.json') as file:
+    with open('logdir/eval/a/eval.json') as file:
         result = json.load(file)
     known = {'experiment': 'EMANet18, mine', 'checkpoint': 'a.pth',
              'sha256': digest[:12], 'weights': 'net', 'step': '7',
              'split': 'val', 'images': '5', 'scales': '0.5 1.0',
              'flip': 'True', 'window': '0', 'inference': 'folded',
-             'mean_over': '', 'git': utils.git_hash(), 'stride': '16'}
+             'mean_over': '', 'git': utils.git_hash(), 'stride': '16',
+             'parent': utils.forked_from().get('parent', '')}
     assert {name: first[name] for name in known} == known
     assert float(first['mIoU']) == pytest.approx(result['mIoU'], abs=1e-6)
     assert 0 < float(first['seconds']) < 60
@@ -78,7 +79,7 @@ def test_a_line_holds_what_was_scored(small, tmp_path, monkeypatch, evaluate):
     assert [row['scales'] for row in read_lines()] == (
         2 * ['0.5 1.0'] + 2 * ['1.0'])
     for name in ('confusion', 'classes'):
-        with Image.open(f'logdir/{name}.png') as page:
+        with Image.open(f'logdir/eval/a/{name}.png') as page:
             assert page.format == 'PNG' and min(page.size) > 150
             page.load()
 
@@ -106,6 +107,65 @@ def test_runs_that_end_at_once_tear_no_lines(small, monkeypatch):
         assert os.path.getsize('results.csv') == size
     writer.join(30)
     assert len(read_lines()) == 140
+
+
+OLDER = ('experiment,checkpoint,step,mIoU,IoU\n'
+         '"a, b",ä.pth,7,0.25,"x: 0.5; y: 0"\n'
+         '\nc,d.pth,,0.5,\n')
+
+
+@pytest.mark.parametrize('content', (
+    OLDER.encode(), OLDER[:-1].encode(), OLDER.encode('utf-16'),
+    OLDER.replace('\n', '\r\n').encode('utf-8-sig')))
+def test_an_older_file_gains_empty_columns(content, tmp_path, monkeypatch):
+    """Also one that an editor has saved in another encoding; and a link."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'shared.csv').write_bytes(content)
+    os.symlink('shared.csv', 'results.csv')
+    results.append_result({'step': 3}, 'net', {'mIoU': 1, 'classes': {}}, 1)
+    first, second, last = read_lines()
+    assert os.path.islink('results.csv') and tuple(first) == results.COLUMNS
+    assert {name: value for name, value in first.items() if value} == {
+        'experiment': 'a, b', 'checkpoint': 'ä.pth', 'step': '7',
+        'mIoU': '0.25', 'IoU': 'x: 0.5; y: 0'}
+    assert second['mIoU'] == '0.5' and last['step'] == '3'
+    before = os.stat('shared.csv').st_ino
+    results.append_result({'step': 4}, 'net', {'mIoU': 1, 'classes': {}}, 1)
+    assert os.stat('shared.csv').st_ino == before       # added to, no more
+    assert len(read_lines()) == 4
+
+
+def test_a_line_goes_to_the_file_that_is_there(tmp_path, monkeypatch):
+    """Another run replaces the file, while this one waits for the lock."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'new').write_text(results.HEADER)
+    writer = threading.Thread(target=append_twenty, args=[0])
+    with open('results.csv', 'w') as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        writer.start()
+        writer.join(0.5)
+        os.replace('new', 'results.csv')
+    writer.join(30)
+    assert len(read_lines()) == 20
+
+
+@pytest.mark.parametrize('content, named', (
+    ('mIoU;seconds\n0.8;12\n', 'mIoU;seconds'),
+    ('experiment,mIoU,note\na,0.5,good\n', 'note'),
+    ('experiment,mIoU\na,0.5,6\n', 'a line is longer'),
+    ('a,' + 200_000 * 'b', 'limit')))
+def test_a_file_of_others_is_refused_and_stays(content, named, tmp_path,
+                                               monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'results.csv').write_text(content)
+    for _ in range(2):              # the lock is free again
+        with pytest.raises(utils.UserError, match='results.csv has other '
+                           'columns than those of eval.py') as error:
+            results.open_results()
+        assert named in str(error.value) and 'move it away' in str(
+            error.value) and '\n' not in str(error.value)
+    assert (tmp_path / 'results.csv').read_text() == content
+    assert os.listdir() == ['results.csv']
 
 
 def test_what_cannot_be_kept_is_refused_before_scoring(small, monkeypatch,
