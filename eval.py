@@ -11,6 +11,10 @@ server's file is written by tools.submit.
 Shapes: b images, n classes, h x w feature grid, T iterations, k bases, H x W
 pixels.
 """
+if __name__ == '__main__':      # before torch, whose import takes seconds
+    from lib import signals
+    signals.end_while_starting()
+
 import argparse
 import functools
 import math

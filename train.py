@@ -8,6 +8,11 @@ into MODEL_DIR; TensorBoard's events, log.csv and settings.json into LOG_DIR.
 The recipe is the paper's, as the 2019 code ran it. Shapes: b images, n
 classes, H x W pixels.
 """
+if __name__ == '__main__':      # before torch, whose import takes seconds
+    from lib import signals
+    signals.end_while_starting(is_run=True)
+
+import itertools
 import math
 import os
 import shutil
@@ -24,7 +29,7 @@ import heads
 import network
 import settings
 import utils
-from lib import checkpoint, distributed, run, visualize
+from lib import checkpoint, distributed, run, signals, visualize
 from lib.cost import step_memory
 from lib.images import read_classes
 from lib.logger import Logger
@@ -304,7 +309,7 @@ def validate(nets, data, step, logger):
                 f'{metric.replace("val_m", "")}/{name}': iou
                 for name, iou in zip(names, scores['IoU']) if iou is not None})
             utils.log(f'step {step}: {metric.replace("_", " ")} '
-                      f'{100 * scores["mIoU"]:.2f}')
+                      f'{100 * scores["mIoU"]:.2f} %')
         net = nets['val_mIoU']
         logger.add_images(step, validation_images(net, data, confusions[0]))
     set_train_mode(net)
@@ -339,8 +344,8 @@ def parse_arguments():
 
 
 def main():
-    parse_arguments()
     s, stop = settings, distributed.StopRequest()
+    parse_arguments()
 
     # whatever can fail is tried before the first step, what is cheap first
     devices = distributed.pick_devices(s.DEVICES)
@@ -368,6 +373,7 @@ def main():
     model, weight = distributed.wrap_ddp(net), class_weights(train_set, device)
     batches = dataset.to_device(dataset.train_loader(
         train_set, start, utils.rank(), utils.world(), utils.progress), device)
+    batches = itertools.chain([*itertools.islice(batches, 1)], batches)
     logger = Logger(s.LOG_DIR, start)
     logger.log_settings(s.as_dict())
 
@@ -380,6 +386,7 @@ def main():
     bar = utils.progress(total=s.ITER_MAX, initial=start, desc='train',
                          unit='step')
     set_train_mode(net)
+    stop.begin()
     began = time.perf_counter()
     for step in range(start + 1, s.ITER_MAX + 1):
         lr = set_learning_rate(optimizer, step)
@@ -400,7 +407,7 @@ def main():
         keeps = step % s.ITER_SAVE == 0
         if not (validates or saves or keeps or step % read_every == 0):
             continue                    # without waiting for the device
-        rows, is_stopping = run.read_metrics(pending, stop)
+        rows, is_stopping = run.read_metrics(pending, stop or logger.error)
         if validates or saves or keeps or is_stopping:
             run.check_finite(parts, step)
         speed = s.BATCH_SIZE * len(rows) / (time.perf_counter() - began)
@@ -417,8 +424,9 @@ def main():
             save(f'step_{step}.pth', for_resume=True)
         if is_stopping and not is_last:
             bar.close()
+            logger.close()
             utils.log(f'{stop.name or "a signal"}: stopped after step {step};'
-                      f' {run.resume_command()}')
+                      f' {signals.resume_command()}')
             distributed.leave(utils.STOPPED)
         began = time.perf_counter()
 

@@ -11,6 +11,7 @@ a conversion that was cut off is resumed when it is run again.
 """
 import collections
 import concurrent.futures
+import contextlib
 import json
 import os
 import signal
@@ -232,9 +233,8 @@ def map_in_processes(work, jobs, desc, total=None, is_done=None):
         min(8, os.cpu_count() or 1), initializer=signal.signal,
         initargs=(signal.SIGINT, signal.SIG_IGN))
     try:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        pool.submit(int)                # starts the processes
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        with _delayed_interrupt():
+            pool.submit(int)            # starts the processes
         for job in utils.progress(jobs, desc=desc, total=total):
             if not (is_done and is_done(job)):
                 batch.append(job)
@@ -252,6 +252,19 @@ def map_in_processes(work, jobs, desc, total=None, is_done=None):
                              f'resumed') from None
     finally:
         pool.shutdown(cancel_futures=True)      # as after Ctrl-C
+
+
+@contextlib.contextmanager
+def _delayed_interrupt():
+    """Within, Ctrl-C waits: a process that is just started would be lost."""
+    found = []
+    before = signal.signal(signal.SIGINT, lambda *args: found.append(args))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if found:
+        raise KeyboardInterrupt
 
 
 def _run_batch(work, jobs):

@@ -19,10 +19,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import settings
+from lib import signals
 from utils import (
+    INTERRUPTED,
     STOPPED,
     RunError,
     UserError,
+    end_at_once,
     is_launched,
     log,
     plural,
@@ -33,16 +36,36 @@ from utils import (
 # ------------------------------------------------- stop requests
 class StopRequest:
     """True once SIGTERM or Ctrl-C has come, or the process that started this
-    one is gone; a second Ctrl-C ends at once."""
+    one is gone; a second Ctrl-C ends at once.
+
+    Until begin() is called, a run starts, and a signal ends it at once: also
+    where it waits for other processes, if it was spawned.
+    """
 
     def __init__(self):
-        self.name = None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
+        self.name, self.has_begun, self.process = None, False, os.getpid()
+        self._handle(signal.SIG_DFL if is_spawned() else self._note)
+
+    def _handle(self, handler):
+        for number in signals.SIGNALS:
+            signal.signal(number, handler)
+
+    def begin(self):
+        """From here on, a request is noted; all processes get here."""
+        gather(None)
+        self.has_begun = True
+        self._handle(self._note)
 
     def _note(self, number, frame):
+        if os.getpid() != self.process:     # a loader's, as it is forked
+            return
+        if not self.has_begun:
+            signals.print_stopped(number)
+            end_at_once(STOPPED)
         if self.name and number == signal.SIGINT:
-            raise KeyboardInterrupt
+            if not is_spawned():
+                signals.print_interrupted()
+            end_at_once(INTERRUPTED)
         self.name = signal.Signals(number).name
 
     def __bool__(self):
@@ -59,10 +82,11 @@ def is_spawned():
 
 def spawn(count):
     """Run this program's command in `count` processes; return their exit
-    status: STOPPED if one has that, else the first that is not 0.
+    status: that of the first failure, else STOPPED if one has that, else 0.
 
     They find each other as torchrun's do, by the environment. Where one
-    fails the others are ended.
+    fails the others are ended. Where a signal has ended one that did not
+    handle it, as a run that starts, this process takes it too.
     """
     with socket.socket() as free:
         free.bind(('localhost', 0))
@@ -71,15 +95,33 @@ def spawn(count):
     shared = {'OMP_NUM_THREADS': str(threads), **os.environ,
               'MASTER_ADDR': 'localhost', 'MASTER_PORT': str(port),
               'WORLD_SIZE': str(count), 'SPAWNED_BY': str(os.getpid())}
+    handlers = {n: signal.getsignal(n) for n in signals.SIGNALS}
+    stop = StopRequest()
+    stop.begin()
     processes = [subprocess.Popen(      # orig_argv: `-m` and its module too
         [sys.executable, *sys.orig_argv[1:]],
         env={**shared, 'RANK': str(i), 'LOCAL_RANK': str(i)})
         for i in range(count)]
-    stop, is_passed_on, failed = StopRequest(), False, 0
+    failed = _failure(_wait(processes, stop))
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if -failed in signals.SIGNALS or failed == INTERRUPTED:
+        signal.raise_signal(signal.Signals[stop.name] if stop else
+                            signal.SIGINT if failed > 0 else -failed)
+    if failed < 0:
+        log(f'a process was ended by {signal.Signals(-failed).name}; the '
+            f'others were stopped')
+    return 1 if failed < 0 else failed or max(
+        process.returncode for process in processes)
+
+
+def _wait(processes, stop):
+    """Wait until processes have ended, the others once one fails or a stop is
+    requested; return the exit statuses of the first failure, else of all."""
+    is_passed_on, failed = False, []
     while any(process.poll() is None for process in processes):
         codes = [process.poll() for process in processes]
-        failed = failed or next((c for c in codes if c not in (
-            None, 0, STOPPED)), 0)
+        failed = failed or codes * bool(_failure(codes))
         if failed or stop and not is_passed_on:
             is_passed_on = True
             for process in processes:
@@ -87,14 +129,14 @@ def spawn(count):
         if failed:
             _end(processes, seconds=10)
         time.sleep(0.1)
-    codes = [process.returncode for process in processes]
-    failed = failed or next((c for c in codes if c not in (0, STOPPED)), 0)
-    if failed < 0:
-        log(f'a process was ended by {signal.Signals(-failed).name}; the '
-            f'others were stopped')
-    if failed:
-        return failed if failed > 0 else 1
-    return max(codes)
+    return failed or [process.returncode for process in processes]
+
+
+def _failure(codes):
+    """Return, of processes' exit statuses, the failure that tells most, 0 for
+    none: a signal, which the others' failures follow from; then 2 before 1."""
+    failures = [code for code in codes if code not in (None, 0, STOPPED)]
+    return min(failures, key=lambda code: (code > 0, -code), default=0)
 
 
 def _end(processes, seconds):

@@ -16,12 +16,21 @@ import torch
 
 from conftest import REPO
 from lib import distributed
-from utils import STOPPED, RunError, UserError
+from utils import INTERRUPTED, STOPPED, RunError, UserError
 
 
 # ------------------------------------------------- stop requests
-def test_stop_request_on_sigterm():
+@pytest.fixture
+def stop(monkeypatch):
+    """A stop request that has begun; what would end this process at once
+    raises SystemExit."""
+    monkeypatch.setattr(distributed, 'end_at_once', sys.exit)
     stop = distributed.StopRequest()
+    stop.begin()
+    return stop
+
+
+def test_stop_request_on_sigterm(stop):
     assert not stop
     os.kill(os.getpid(), signal.SIGTERM)
     assert stop and stop.name == 'SIGTERM'
@@ -29,16 +38,46 @@ def test_stop_request_on_sigterm():
     assert stop
 
 
-def test_stop_request_second_ctrl_c_ends():
-    stop = distributed.StopRequest()
+def test_stop_request_second_ctrl_c_ends(stop, capfd):
     os.kill(os.getpid(), signal.SIGINT)
     assert stop and stop.name == 'SIGINT'
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as end:
         os.kill(os.getpid(), signal.SIGINT)
+    assert end.value.code == INTERRUPTED
+    assert capfd.readouterr().err.endswith(': interrupted\n')
 
 
-def test_stop_request_where_the_parent_is_gone(monkeypatch):
-    stop = distributed.StopRequest()
+@pytest.mark.parametrize('number', (signal.SIGINT, signal.SIGTERM))
+def test_stop_request_before_the_first_step_ends_at_once(
+        stop, number, monkeypatch, capfd):
+    monkeypatch.setattr(sys, 'argv', ['train.py', 'LR=1'])
+    distributed.StopRequest()
+    with pytest.raises(SystemExit) as end:
+        os.kill(os.getpid(), number)
+    assert end.value.code == STOPPED
+    assert capfd.readouterr().out == (
+        f'{number.name}: stopped before the first step; to resume: python '
+        f'train.py LR=1\n')
+    # a spawned process may wait for the others, where Python does not listen
+    monkeypatch.setenv('SPAWNED_BY', str(os.getppid()))
+    again = distributed.StopRequest()
+    assert signal.getsignal(number) == signal.SIG_DFL
+    again.begin()
+    os.kill(os.getpid(), number)
+    assert again.name == number.name
+
+
+def test_stop_request_is_not_for_a_loader_process(stop):
+    """One that is just forked has its parent's handlers."""
+    pid = os.fork()
+    if not pid:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        os._exit(bool(stop))
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+def test_stop_request_where_the_parent_is_gone(stop, monkeypatch):
     monkeypatch.setenv('SPAWNED_BY', str(os.getppid()))
     assert distributed.is_spawned() and not stop
     monkeypatch.setenv('SPAWNED_BY', str(os.getpid()))
@@ -110,8 +149,9 @@ pathlib.Path(f'{rank}.txt').write_text(
     ' '.join([__name__, *(os.environ[name] for name in names)]))
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
 end = sys.argv[1 + rank]
-if end == 'killed':
-    os.kill(os.getpid(), signal.SIGKILL)
+if end.startswith('SIG'):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.Signals[end])
 if end == 'wait':
     time.sleep(60)
 sys.exit(int(end))
@@ -141,6 +181,24 @@ def test_the_status_of_processes_is_that_of_the_first_failure(ends, status,
     assert spawn(*ends) == status
 
 
+@pytest.mark.parametrize('codes, status', [
+    ([0, None, STOPPED], 0), ([None, 1, 2], 2), ([1, -9, -15], -9)])
+def test_the_failure_that_tells_most(codes, status):
+    """Of those that end at the same time."""
+    assert distributed._failure(codes) == status
+
+
+def test_processes_that_had_not_begun_stop_the_run(spawn, monkeypatch,
+                                                   capfd):
+    """SIGTERM has ended one of them; the first process takes it, too."""
+    monkeypatch.setattr(distributed, 'end_at_once', sys.exit)
+    distributed.StopRequest()                   # as train.main has begun
+    with pytest.raises(SystemExit) as end:
+        spawn('SIGTERM', 'wait')
+    assert end.value.code == STOPPED
+    assert 'SIGTERM: stopped before the first' in capfd.readouterr().out
+
+
 @pytest.mark.parametrize('command', [('child.py',), ('-m', 'child')])
 def test_processes_are_started_as_this_one_was(command, spawn, tmp_path):
     assert spawn('0', '0', command=command) == 0
@@ -150,7 +208,7 @@ def test_processes_are_started_as_this_one_was(command, spawn, tmp_path):
 
 
 def test_a_killed_process_ends_the_others(spawn, capsys):
-    assert spawn('killed', 'wait') == 1
+    assert spawn('SIGKILL', 'wait') == 1
     assert 'a process was ended by SIGKILL; the others' in (
         capsys.readouterr().out)
 

@@ -3,8 +3,10 @@ processes. Each ends in one line, and nothing that was saved is lost.
 
     python -m pytest tests/test_faults.py
 """
+import contextlib
+import glob
 import os
-import resource
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +19,9 @@ import settings
 import train
 import utils
 from conftest import REPO, SMALL, refused, words
-from lib import checkpoint, distributed
+from converters import layout
+from files import full_disk
+from lib import checkpoint, distributed, signals
 from training import train_here
 
 # latest.pth at every step, no validation
@@ -28,6 +32,7 @@ LONG = {'ITER_MAX': 3000, 'ITER_SAVE': 10, 'VAL_SPLIT': '', 'CROP_SIZE': 33}
 def start(small, toy):
     """Start train.py in this folder; what still runs at the end is killed."""
     running = []
+    os.mkdir('temporary')
 
     def begin(*arguments, child=None, **changes):
         program = [os.path.join(REPO, 'train.py')] if child is None else [
@@ -36,7 +41,7 @@ def start(small, toy):
         process = subprocess.Popen(
             [sys.executable, *program, *given, *arguments], text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env={**os.environ, 'OMP_NUM_THREADS': '1'},
+            env={**os.environ, 'OMP_NUM_THREADS': '1', 'TMPDIR': 'temporary'},
             start_new_session=True)
         running.append(process)
         return process
@@ -80,6 +85,7 @@ def ending(process, seconds=60):
     lines = [part for line in err.splitlines() for part in line.split('\r')
              if 'train.py: ' in part]
     assert 'Traceback' not in err, err
+    assert not glob.glob('temporary/pymp-*')    # of loader processes
     return process.returncode, (lines or [''])[0], out
 
 
@@ -95,6 +101,110 @@ def test_sigterm_saves_and_asks_to_be_started_again(start):
     step = checkpoint.load('models/latest.pth')['step']
     assert step == wait_for_steps(1)
     assert sorted(os.listdir('models')) == ['.lock', 'latest.pth']
+
+
+# a package that train.py imports first, and that takes its time
+SLOW = '''
+import sys, time
+print('importing', flush=True)
+time.sleep(60)
+'''
+
+
+@pytest.mark.parametrize('script, number, status, end, word', (
+    ('train.py', 'SIGTERM', 75, 'SIGTERM: stopped before the first step; to '
+     'resume: python {}/train.py LR=1\n', ''),
+    ('train.py', 'SIGINT', 75, 'SIGINT: stopped before the first step; the '
+     'same torchrun command resumes\n', 'RANK=0'),
+    ('train.py', 'SIGTERM', 75, '', 'RANK=1'),
+    ('train.py', 'SIGTERM', -15, '', 'SPAWNED_BY=1'),
+    ('eval.py', 'SIGINT', 130, 'eval.py: interrupted\n', ''),
+    ('predict.py', 'SIGINT', 130, 'predict.py: interrupted\n', ''),
+    ('prepare.py', 'SIGINT', 130, 'prepare.py: interrupted\n', ''),
+    ('eval.py', 'SIGINT', -2, '', 'SPAWNED_BY=1')))
+def test_a_signal_while_a_program_is_imported(tmp_path, script, number,
+                                              status, end, word):
+    for name in ('numpy', 'cv2', 'torch'):
+        (tmp_path / f'{name}.py').write_text(SLOW)
+    process = subprocess.Popen(
+        [sys.executable, os.path.join(REPO, script), 'LR=1'], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=tmp_path, env={
+            **os.environ, 'PYTHONPATH': str(tmp_path),
+            **dict([word.split('=')] if word else [])})
+    assert process.stdout.readline() == 'importing\n'
+    process.send_signal(signal.Signals[number])
+    assert process.stdout.read() == end.format(
+        os.path.relpath(REPO, tmp_path))
+    assert process.wait() == status
+
+
+def test_the_exit_statuses_of_signals():
+    """Two places have them, since utils.py imports torch."""
+    assert signals.STOPPED == utils.STOPPED
+    assert signals.INTERRUPTED == utils.INTERRUPTED
+
+
+@pytest.mark.parametrize('place', ('open_data', 'class_weights'))
+def test_a_signal_before_the_first_step(small, monkeypatch, place, capfd):
+    """Ends the run at once; test_exit_statuses has one in the first step."""
+    vars(settings).update(LONG)
+    monkeypatch.setattr(distributed, 'end_at_once', sys.exit)
+    inner = getattr(train, place)
+    monkeypatch.setattr(train, place, lambda *a, **k: (
+        os.kill(os.getpid(), signal.SIGTERM), inner(*a, **k))[1])
+    monkeypatch.setattr(sys, 'argv', ['train.py', 'LR=1'])
+    with pytest.raises(SystemExit) as end:
+        utils.run_main(train.main)
+    assert end.value.code == utils.STOPPED
+    assert capfd.readouterr().out.endswith(
+        'SIGTERM: stopped before the first step; to resume: python '
+        'train.py LR=1\n')
+    assert not os.path.exists('models/latest.pth')
+
+
+def handles_signals(pid):
+    """Tell whether a process handles SIGTERM, which Python does not."""
+    with open(f'/proc/{pid}/status') as file:
+        caught = re.search(r'SigCgt:\s*(\w+)', file.read())[1]
+    return int(caught, 16) >> signal.SIGTERM - 1 & 1
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('devices', ('-1', '-1,-1'))
+@pytest.mark.parametrize('number', (signal.SIGTERM, signal.SIGINT))
+def test_signals_at_any_time_of_the_start(start, devices, number):
+    """To the first process alone, or to all, as a terminal sends Ctrl-C."""
+    for i, seconds in enumerate((0, 1, 2, 3, 4, 6)):
+        process = start(f'DEVICES={devices}', **{**LONG, 'NUM_WORKERS': 1})
+        while not handles_signals(process.pid):
+            time.sleep(0.01)
+        time.sleep(seconds)
+        (os.kill if i % 2 else os.killpg)(process.pid, number)
+        status, _, out = ending(process)
+        assert status == utils.STOPPED and out.count('to resume: ') == 1
+
+
+def note(folder, number):
+    """A job of a conversion: it takes a while and leaves a file."""
+    time.sleep(0.1)
+    open(os.path.join(folder, str(number)), 'w').close()
+    return number
+
+
+def test_a_conversion_that_is_stopped_begins_no_other_job(tmp_path):
+    jobs = layout.map_in_processes(
+        note, ((str(tmp_path), i) for i in range(99)), 'test')
+    assert next(jobs) == 0
+    jobs.close()
+    assert len(os.listdir(tmp_path)) < 60       # 65 are read ahead
+
+
+def test_ctrl_c_waits_until_processes_are_started():
+    done = []
+    with pytest.raises(KeyboardInterrupt), layout._delayed_interrupt():
+        os.kill(os.getpid(), signal.SIGINT)
+        done.append(1)
+    assert done
 
 
 HOLDING = '''
@@ -129,18 +239,30 @@ def train_on_one_thread(monkeypatch):
     torch.set_num_threads(threads)
 
 
+def test_a_disk_that_fills_under_the_log_saves_the_run(small, monkeypatch,
+                                                       capsys):
+    """It cannot write the second step's line; MODEL_DIR has room."""
+    vars(settings).update(LONG, ITER_SAVE=5000)
+    inner = train.log_steps
+
+    def log_steps(rows, *arguments):
+        with full_disk() if rows[0][0] == 2 else contextlib.nullcontext():
+            inner(rows, *arguments)
+    monkeypatch.setattr(train, 'log_steps', log_steps)
+    status, line = refused(train.main, monkeypatch=monkeypatch,
+                           capsys=capsys)
+    assert status == 1 and 'LOG_DIR=logdir cannot be written' in line
+    assert checkpoint.load('models/latest.pth')['step'] == 3
+
+
 def test_a_full_disk_costs_nothing(start, train_on_one_thread):
     """A limit on the size of files stands for the disk."""
     changes = {'ITER_MAX': 4, 'ITER_SAVE': 3, 'VAL_SPLIT': ''}
     train_on_one_thread(**changes)
     os.replace('models/step_3.pth', 'models/latest.pth')
     size = os.path.getsize('models/latest.pth')
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, before[1]))
-    try:
+    with full_disk(size // 2):
         process = start(**changes)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     status, line, _ = ending(process)
     assert status == 1 and 'models/latest.pth cannot be written' in line
     assert 'Make room' in line
