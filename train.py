@@ -412,6 +412,7 @@ def main():
             run.check_finite(parts, step)
         speed = s.BATCH_SIZE * len(rows) / (time.perf_counter() - began)
         if validates:
+            save('latest.pth', for_resume=True)     # whatever comes of it
             rows[-1][1].update(validate(nets, val_set, step, logger))
             is_best = rows[-1][1]['val_mIoU'] > best
             best = max(best, rows[-1][1]['val_mIoU'])

@@ -51,6 +51,10 @@ def convert(args):
         layout.begin(root, 'custom', options, classes, record)
         convert_files(root, sources, labels, classes[1], is_outlines)
         layout.finish(root, 'custom', options, lists, record)
+        if stamp:
+            utils.log('networks trained before have not seen what changed: '
+                      'train into another MODEL_DIR and LOG_DIR, or run sh '
+                      'clean.sh first')
     report_classes(lists, classes[0], {
         name: {0, *(c for c, _ in label[1])} if is_outlines else
         {*label[1].values()} for name, label in labels.items()})

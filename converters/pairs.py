@@ -106,7 +106,8 @@ def name_images(sources, folder):
         name = layout.name_image(file, folder)
         if name in names:
             raise utils.UserError(f'{folder}: {names[name]} and {file} have '
-                                  f'one name, {name}; rename one')
+                                  f'one name, {name}; rename one, or move it away if '
+                                  f'it is no photograph')
         names[name] = file
     return names
 

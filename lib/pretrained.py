@@ -12,7 +12,7 @@ from lib.checkpoint import (
     read_checkpoint,
 )
 from lib.download import check_hash, download
-from utils import UserError, log
+from utils import RunError, UserError, log
 
 WEIGHTS_DIR = 'models'       # where downloaded weights are kept
 # name: (where, hash). The first three are those of the 2019 recipe (the
@@ -107,7 +107,11 @@ def find_weights():
             raise UserError(f'{error}; remove it, and it is fetched again'
                             ) from None
     else:
-        download(f'{folder}{name}.pth', path, digest)
+        try:
+            download(f'{folder}{name}.pth', path, digest)
+        except RunError as error:
+            raise RunError(f'{error}, or set PRETRAINED= (random weights)'
+                           ) from None
     return path
 
 
@@ -145,7 +149,12 @@ def load_backbone(resnet, state, name, is_partial=False):
            for key, value in resnet.state_dict().items()}
     given = {key: value for key, value in state.items()
              if key not in ('fc.weight', 'fc.bias')}
-    check_keys(own, given, name, is_partial)
+    try:
+        check_keys(own, given, name, is_partial)
+    except UserError as error:
+        hint = '' if is_partial or not own.keys() & given.keys() else (
+            ' A file without some layers is taken by PRETRAINED_PARTIAL=True')
+        raise UserError(f'{error}{hint}') from None
     for key, value in given.items():
         own[key].copy_(value)               # the backbone's own storage
     return missing_keys(own, given)

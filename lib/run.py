@@ -241,7 +241,7 @@ def read_latest(path):
                            for name, (old, new) in changed.items())
         text = (f'{path} is of a run with other settings ({listed}); put them '
                 f'back, or move {path} away to start anew')
-        if 'ITER_MAX' in changed:
+        if list(changed) == ['ITER_MAX']:
             text += (f'. The learning rate of every step follows from '
                      f'ITER_MAX; to train on from these weights: '
                      f'{continue_command(path)}')

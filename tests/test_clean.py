@@ -48,7 +48,7 @@ def test_clean_removes_what_a_run_made_and_nothing_else(tmp_path):
     assert done.returncode == 0, done.stderr
     for name in GONE:
         assert f'removed {name}\n' in done.stdout
-    assert f'{len(GONE)} files of the run in logdir removed' in done.stdout
+    assert f'{len(GONE)} files removed' in done.stdout
     assert all((folder / name).exists() for name in KEPT)
     assert not any((folder / name).exists() for name in GONE)
     assert all(path.exists() for path in sources)

@@ -20,8 +20,8 @@ import predict
 import settings
 import train
 import utils
-from converters import layout, masks
-from files import add, empty_set, expect_error, label_path
+from converters import layout
+from files import add, empty_set, label_path
 from lib import checkpoint, run
 from lib.images import read_label
 from test_predict import read_normalised, write_image
@@ -65,8 +65,8 @@ def test_batches_of_images_to_score(tmp_path):
     for name, side in zip('abcd', (4, 5, 4, 5)):
         add(root, name, np.ones((side, 6)), split='val')
     data = dataset.Segmentation('val', train=False)
-    found = [[names for *_, names in dataset.val_loader(data, batch=batch)]
-             for batch in (1, 2)]
+    found = [[names for *_, names in loader] for loader in (
+        dataset.val_loader(data), dataset.val_loader(data, batch=2))]
     assert found == [[*map(tuple, 'abcd')], [('a', 'c'), ('b', 'd')]]
 
 
@@ -87,15 +87,6 @@ def test_ids_that_no_byte_holds_are_void():
     for kind in (np.uint16, np.int32):
         assert layout.remap_ids(np.array(ids, kind), (7, 255)).tolist() == [
             [255, 0, 1, 255, 255, 255, 255]]
-
-
-def test_a_label_holds_255_classes_and_void():
-    """The next would be void, all others would wrap around."""
-    names, colours = [str(i) for i in range(256)], [[0, 0, 0]] * 256
-    names[9] = 'Void'
-    assert max(masks.split_void((names, colours))[1]) == 255
-    names[9] = '9'
-    expect_error(lambda: masks.split_void((names, colours)), '256 classes')
 
 
 # ------------------------------------------------- a step

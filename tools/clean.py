@@ -86,7 +86,7 @@ def remove_run(models, log):
             os.remove(path)
             print(f'removed {path}')
             count += 1
-    print(f'{plural(count, "file")} of the run in {log} removed')
+    print(f'{plural(count, "file")} removed')
     if not os.path.islink(log) and not os.listdir(log):
         os.rmdir(log)
 
