@@ -106,8 +106,8 @@ def name_images(sources, folder):
         name = layout.name_image(file, folder)
         if name in names:
             raise utils.UserError(f'{folder}: {names[name]} and {file} have '
-                                  f'one name, {name}; rename one, or move it away if '
-                                  f'it is no photograph')
+                                  f'one name, {name}; rename one, or move '
+                                  f'it away if it is no photograph')
         names[name] = file
     return names
 
