@@ -14,7 +14,6 @@ resume changes it. Of a scaled image only the window that the crop shows is
 computed, bit for bit as in the whole.
 """
 import functools
-import multiprocessing.util
 import os
 import signal
 import sys
@@ -30,7 +29,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 import settings
 import utils
 from lib import images
-from lib.distributed import count_workers
+from lib.distributed import (
+    count_workers,
+    inherit_socket_folder,
+    share_socket_folder,
+)
 from lib.visualize import draw_augmented
 from utils import UserError
 
@@ -364,8 +367,8 @@ def val_loader(data, rank=0, world=1, batch=1):
 def _loader(data, batch_sampler):
     """Return a loader that leaves the global random state alone."""
     workers = count_workers()
-    if workers:     # their sockets' folder: ours, as one of theirs would stay
-        multiprocessing.util.get_temp_dir()     # when they are killed
+    if workers:
+        share_socket_folder()
     shares_cache = (settings.CACHE and workers          # its pages,
                     and sys.platform == 'linux')        # by a fork
     return DataLoader(data, batch_sampler=batch_sampler,
@@ -394,6 +397,7 @@ def retain_freed_memory():
 def _start_worker(worker):
     cv2.setNumThreads(0)                            # workers are the threads
     retain_freed_memory()
+    inherit_socket_folder()
     for number in (signal.SIGINT, signal.SIGTERM):  # are for the main
         signal.signal(number, signal.SIG_IGN)       # process, which ends us
 

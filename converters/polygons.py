@@ -93,7 +93,7 @@ def check_image(image, size, path):
 
 def is_size(size):
     """Tell whether (H, W) can be the size of an image."""
-    return all(isinstance(n, int) and 0 < n < MAX_SIDE for n in size) and (
+    return all(type(n) is int and 0 < n < MAX_SIDE for n in size) and (
         size[0] * size[1] <= images.MAX_PIXELS)
 
 

@@ -5,7 +5,9 @@ started; after it, rank() and world() of utils say who this process is.
 """
 import contextlib
 import datetime
+import multiprocessing.util
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -243,6 +245,23 @@ def count_workers():
              else os.cpu_count() or 1)
     local = int(os.environ.get('LOCAL_WORLD_SIZE', world()))
     return min(settings.NUM_WORKERS, max(1, cores // local))
+
+
+def share_socket_folder():
+    """Have loader processes to come keep their sockets in a temporary folder
+    of this process: one of their own would stay when they are killed."""
+    multiprocessing.util.get_temp_dir()
+
+
+def inherit_socket_folder():
+    """Have this loader process, at its end, remove the shared folder if the
+    process that it worked for was killed."""
+    parent, folder = os.getppid(), multiprocessing.util.get_temp_dir()
+
+    def remove():
+        if os.getppid() != parent:
+            shutil.rmtree(folder, ignore_errors=True)
+    multiprocessing.util.Finalize(None, remove, exitpriority=-200)
 
 
 def describe_device(device):

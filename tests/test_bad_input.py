@@ -261,6 +261,7 @@ def test_a_hostile_checkpoint_runs_nothing(bad):
                         (eval.main, ['bad.pth']),
                         (predict.main, [bad.image, 'bad.pth'])):
         expect(bad(*words, main=main), 'bad.pth', 'could run any code')
+    os.makedirs('models', exist_ok=True)
     os.replace('bad.pth', 'models/latest.pth')
     code, line = bad()
     assert code == 2 and 'could run any code' in line
@@ -270,7 +271,7 @@ def test_a_hostile_checkpoint_runs_nothing(bad):
 def test_a_record_that_cannot_be_is_named(bad):
     torch.save({'net': {}, 'step': 1, 'settings': {'EM_BASES': 'x'}},
                'a.pth')
-    expect(bad('a.pth', main=eval.main), "in the checkpoint, EM_BASES='x': "
+    expect(bad('a.pth', main=eval.main), "a.pth: EM_BASES='x': "
            'EM_BASES takes a value of type int')
 
 

@@ -15,6 +15,7 @@ import time
 import pytest
 import torch
 
+import dataset
 import settings
 import train
 import utils
@@ -144,13 +145,16 @@ def test_the_exit_statuses_of_signals():
     assert signals.INTERRUPTED == utils.INTERRUPTED
 
 
-@pytest.mark.parametrize('place', ('open_data', 'class_weights'))
-def test_a_signal_before_the_first_step(small, monkeypatch, place, capfd):
+@pytest.mark.parametrize('owner, name', (
+    (train, 'open_data'), (train, 'class_weights'),
+    (dataset.Segmentation, '__getitem__')))
+def test_a_signal_before_the_first_step(small, monkeypatch, owner, name,
+                                        capfd):
     """Ends the run at once; test_exit_statuses has one in the first step."""
     vars(settings).update(LONG)
     monkeypatch.setattr(distributed, 'end_at_once', sys.exit)
-    inner = getattr(train, place)
-    monkeypatch.setattr(train, place, lambda *a, **k: (
+    inner = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *a, **k: (
         os.kill(os.getpid(), signal.SIGTERM), inner(*a, **k))[1])
     monkeypatch.setattr(sys, 'argv', ['train.py', 'LR=1'])
     with pytest.raises(SystemExit) as end:
@@ -208,22 +212,32 @@ def test_ctrl_c_waits_until_processes_are_started():
 
 
 HOLDING = '''
-import sys
+import os, sys
 sys.path.insert(0, sys.argv[1])
 import dataset, settings, utils
-settings.override(sys.argv[2:])
+settings.override(sys.argv[2:-1])
 def main():
     global held                         # as an error's traceback holds it
     held = iter(dataset.val_loader(dataset.Segmentation('val', False)))
     next(held)
-    sys.exit(1)
+    assert os.listdir('temporary')      # has sockets of the loader processes
+    exec(sys.argv[-1])
 utils.run_main(main)
 '''
 
 
-def test_loader_processes_end_with_the_program(start):
-    """They ignore SIGTERM, which is what Python ends them with."""
-    assert start(child=HOLDING, NUM_WORKERS=2).wait(60) == 1
+@pytest.mark.parametrize('end, status', (
+    ('sys.exit(1)', 1),
+    pytest.param('os.kill(os.getpid(), 9)', -9, marks=pytest.mark.long)))
+def test_loader_processes_end_with_the_program(start, end, status):
+    """They ignore SIGTERM, which is what Python ends them with; and they see
+    within some seconds that it was killed. Their sockets are removed."""
+    assert start(end, child=HOLDING, NUM_WORKERS=2).wait(60) == status
+    for _ in range(0 if status == 1 else 300):
+        if not os.listdir('temporary'):
+            break
+        time.sleep(0.1)
+    assert not os.listdir('temporary')
 
 
 @pytest.fixture

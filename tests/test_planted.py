@@ -20,6 +20,7 @@ import predict
 import settings
 import train
 import utils
+from conftest import refused
 from converters import layout
 from files import add, empty_set, label_path
 from lib import checkpoint, run
@@ -89,17 +90,32 @@ def test_ids_that_no_byte_holds_are_void():
             [255, 0, 1, 255, 255, 255, 255]]
 
 
+@pytest.mark.parametrize('is_launched', (False, True))
+def test_a_batch_is_divided_among_all_processes(small, monkeypatch, capsys,
+                                                is_launched):
+    """Those that DEVICES asks for, or that torchrun has started."""
+    if is_launched:
+        for name, value in zip(('RANK', 'LOCAL_RANK', 'WORLD_SIZE'), '003'):
+            monkeypatch.setenv(name, value)
+    monkeypatch.setattr(train, 'open_data', None)       # comes after
+    _, line = refused(train.main, 'DEVICES=-1' if is_launched else
+                      'DEVICES=-1,-1,-1', monkeypatch=monkeypatch,
+                      capsys=capsys)
+    assert 'BATCH_SIZE=2 does not divide into 3 processes' in line
+
+
 # ------------------------------------------------- a step
 def test_void_pixels_are_never_hard():
     """Not even where more are to be kept than have a label: the mean is over
-    the two that do."""
+    the two that do in one image, over the only one in the other."""
     vars(settings).update(LOSS='ohem', OHEM_MIN_KEPT=0.5)
-    label = torch.full((1, 4, 4), 255)
-    label[0, 1, 2:] = torch.tensor([0, 2])
-    logits = torch.zeros(1, 3, 4, 4)
+    label = torch.full((2, 4, 4), 255)
+    label[0, 1, 2:], label[1, 3, 3] = torch.tensor([0, 2]), 1
+    logits = torch.zeros(2, 3, 4, 4)
     assert train.segmentation_loss(logits, label).item() == pytest.approx(
         math.log(3))
-    assert train.hard_pixels(torch.zeros(1, 4, 4), label).sum() == 2
+    hard = train.hard_pixels(torch.zeros(2, 4, 4), label)
+    assert torch.equal(hard, label != 255)
 
 
 def test_the_loss_of_a_step_is_the_mean_of_its_parts(short, monkeypatch):
@@ -126,6 +142,16 @@ def test_convolutions_of_the_head_are_plain():
     for m in convs:
         assert m.stride == m.dilation == (1, 1)
         assert m.padding[0] == m.kernel_size[0] // 2
+
+
+def test_amp_is_bfloat16_on_a_gpu_that_has_it(monkeypatch):
+    settings.AMP = 'auto'
+    for device, has_bfloat16, want in (
+            ('cuda', True, torch.bfloat16), ('cuda', False, None),
+            ('cpu', True, None)):
+        monkeypatch.setattr(torch.cuda, 'is_bf16_supported',
+                            lambda has=has_bfloat16, **_: has)
+        assert train.amp_dtype(torch.device(device)) is want
 
 
 def test_each_process_drops_other_channels(small, monkeypatch):

@@ -240,7 +240,8 @@ def test_an_interrupted_conversion_is_resumed(written, tmp_path, monkeypatch,
         convert(root, written, '--sbd-first')
     check(convert(root, written), written)
     made = {path for path in before if path[-4:] in ('.png', '.jpg')}
-    assert len(made) == count + 2 * (count >= 2)
+    sent = count + 2 * (count >= 2)     # what was not begun is dropped
+    assert 2 * (count >= 2) <= len(made) <= sent
     after = tree(root)
     assert all(after[path] == before[path] for path in made)
 

@@ -3,6 +3,7 @@ hand?
 
     python -m pytest tests/test_utils.py
 """
+import errno
 import os
 import shutil
 import signal
@@ -43,6 +44,13 @@ def test_any_other_error_keeps_its_traceback(kind, capsys):
         utils.run_main(main)
     assert capsys.readouterr().err == ''
     assert utils.explain(kind('a defect')) == (None, 1)
+
+
+def test_a_full_disk_is_no_defect():
+    """Wherever it is noticed, such as in a log that the shell writes."""
+    error = OSError(errno.ENOSPC, 'No space left on device')
+    assert utils.explain(error) == (
+        f'the disk is full ({error}); make room', 1)
 
 
 def test_real_faults_end_in_one_line(tmp_path, monkeypatch, capsys):
