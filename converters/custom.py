@@ -52,7 +52,7 @@ def convert(args):
         convert_files(root, sources, labels, classes[1], is_outlines)
         layout.finish(root, 'custom', options, lists, record)
         if stamp:
-            utils.log('networks trained before have not seen what changed: '
+            utils.log('networks trained before have not seen this: '
                       'train into another MODEL_DIR and LOG_DIR, or run sh '
                       'clean.sh first')
     report_classes(lists, classes[0], {

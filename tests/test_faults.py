@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -33,7 +34,8 @@ LONG = {'ITER_MAX': 3000, 'ITER_SAVE': 10, 'VAL_SPLIT': '', 'CROP_SIZE': 33}
 def start(small, toy):
     """Start train.py in this folder; what still runs at the end is killed."""
     running = []
-    os.mkdir('temporary')
+    short = tempfile.mkdtemp()         # a socket's path has 108 bytes at most
+    os.symlink(short, 'temporary')
 
     def begin(*arguments, child=None, **changes):
         program = [os.path.join(REPO, 'train.py')] if child is None else [
@@ -42,7 +44,7 @@ def start(small, toy):
         process = subprocess.Popen(
             [sys.executable, *program, *given, *arguments], text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env={**os.environ, 'OMP_NUM_THREADS': '1', 'TMPDIR': 'temporary'},
+            env={**os.environ, 'OMP_NUM_THREADS': '1', 'TMPDIR': short},
             start_new_session=True)
         running.append(process)
         return process
