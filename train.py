@@ -29,7 +29,7 @@ import heads
 import network
 import settings
 import utils
-from lib import checkpoint, distributed, run, signals, visualize
+from lib import checkpoint, distributed, run, visualize
 from lib.cost import step_memory
 from lib.images import read_classes
 from lib.logger import Logger
@@ -282,6 +282,8 @@ def build(device, is_new):
         device.type, enabled=amp_dtype(device) is torch.float16)
     average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(
         s.AVERAGE)) if s.AVERAGE else None
+    if average:                     # at 0 the first update would be a copy
+        average.n_averaged.fill_(not is_new)
     torch.manual_seed(s.SEED + utils.rank())    # dropout's, a process each
     return net, optimizer, scaler, average
 
@@ -359,8 +361,7 @@ def main():
     log_start(sketch, train_set, val_set, device)
 
     # network, optimizer, and where they continue from
-    is_resumed = distributed.assert_agreed(state is not None,
-                                           f'{latest} is there')
+    is_resumed = distributed.assert_agreed(bool(state), f'{latest} is there')
     net, optimizer, scaler, average = build(device, is_new=not is_resumed)
     _locks = run.lock_folders()         # held until main ends
     nets = {'val_mIoU': net}
@@ -368,8 +369,6 @@ def main():
     if average:
         parts['average'] = nets['val_mIoU_average'] = average.module
     start, best = run.restore(state, parts, latest) if state else (0, 0.0)
-    if average:
-        average.n_averaged.fill_(start)
     model, weight = distributed.wrap_ddp(net), class_weights(train_set, device)
     batches = dataset.to_device(dataset.train_loader(
         train_set, start, utils.rank(), utils.world(), utils.progress), device)
@@ -426,8 +425,7 @@ def main():
         if is_stopping and not is_last:
             bar.close()
             logger.close()
-            utils.log(f'{stop.name or "a signal"}: stopped after step {step};'
-                      f' {signals.resume_command()}')
+            utils.log(run.describe_stop(step, stop.name))
             distributed.leave(utils.STOPPED)
         began = time.perf_counter()
 

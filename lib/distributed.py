@@ -238,13 +238,17 @@ def pick_devices_for(path):
     return devices
 
 
+def local_world():
+    """Return the number of processes on this machine that work together."""
+    return int(os.environ.get('LOCAL_WORLD_SIZE', world()))
+
+
 def count_workers():
     """Return how many loader processes this training process may have:
     NUM_WORKERS, but no more in all than this machine has cores."""
     cores = (len(os.sched_getaffinity(0)) if sys.platform == 'linux'
              else os.cpu_count() or 1)
-    local = int(os.environ.get('LOCAL_WORLD_SIZE', world()))
-    return min(settings.NUM_WORKERS, max(1, cores // local))
+    return min(settings.NUM_WORKERS, max(1, cores // local_world()))
 
 
 def share_socket_folder():

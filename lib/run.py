@@ -19,6 +19,7 @@ from lib.distributed import (
     count_workers,
     describe_device,
     gather,
+    local_world,
 )
 from lib.images import read_classes
 from lib.recorded import check_record
@@ -83,7 +84,7 @@ def warn_of_memory(needed, device):
     if device.type == 'cuda':
         free = torch.cuda.mem_get_info(device)[0]
     else:
-        needed *= int(os.environ.get('LOCAL_WORLD_SIZE', world()))
+        needed *= local_world()
         free = available_memory()
     if free is not None and needed > free:
         log(f'warning: a step needs about {needed / 1e9:.1f} GB of memory, '
@@ -262,6 +263,13 @@ def is_finished(state):
     log(f'finished at step {state["step"]}: {path}; to train on from its '
         f'weights: {continue_command(path)}')
     return True
+
+
+def describe_stop(step, cause):
+    """Return what a run that was asked to stop says; cause: None where
+    another process was asked."""
+    return (f'{cause or "a signal"}: stopped after step {step}; '
+            f'{signals.resume_command()}')
 
 
 def describe_end(step, best):

@@ -29,7 +29,7 @@ import network
 import settings
 import train
 import utils
-from lib.cost import complexity
+from lib.cost import complexity, saved_tensors
 from tools.bench_conversion import conversion
 from tools.bench_loader import loader, write_photographs
 from tools.measure import Stopwatch, has_bfloat16, markdown_table
@@ -202,23 +202,20 @@ def race_steps(watch, crop, batch):
 def count_saved_bytes(net, image, dtype):
     """Return the bytes that a forward pass keeps for the backward pass,
     parameters left out: (all, without copies of parameters in bfloat16)."""
-    own = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    own = {p.untyped_storage()._cdata for p in net.parameters()}
     shapes = {p.shape for p in net.parameters() if p.ndim > 1}
-    saved = {}
-
-    def pack(x):
-        saved[x.untyped_storage().data_ptr()] = x       # so none is reused
-        return x
     label = torch.zeros(len(image), *image.shape[2:], dtype=torch.uint8,
                         device=image.device)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+
+    def forward():
         with torch.autocast(image.device.type, dtype or torch.bfloat16,
                             enabled=dtype is not None):
             logits = net(image)
-        train.segmentation_loss(logits, label)
+        return train.segmentation_loss(logits, label)
     sizes = [(x.untyped_storage().nbytes(),
               x.dtype == torch.bfloat16 and x.shape in shapes)
-             for address, x in saved.items() if address not in own]
+             for x in saved_tensors(forward)
+             if x.untyped_storage()._cdata not in own]
     return (sum(size for size, _ in sizes),
             sum(size for size, is_copy in sizes if not is_copy))
 
