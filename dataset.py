@@ -182,7 +182,7 @@ class Segmentation(Dataset):
                     both[3 * h * w:].reshape(h, w))
         image = images.read_image(self.path(i, 'JPEGImages', 'jpg'))
         if not self.labelled:
-            return image, np.full(image.shape[:2], 255, np.uint8)
+            return image, np.full(image.shape[:2], self.ignore, np.uint8)
         label = self.label(i)
         if image.shape[:2] != label.shape:
             raise self._sizes_differ(i, image.shape[:2], label.shape)

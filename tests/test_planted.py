@@ -71,15 +71,15 @@ def test_batches_of_images_to_score(tmp_path):
     assert found == [[*map(tuple, 'abcd')], [('a', 'c'), ('b', 'd')]]
 
 
-@pytest.mark.parametrize('ignore', (255, 0, 5))
-def test_a_split_without_labels_scores_nothing(tmp_path, ignore):
+@pytest.mark.parametrize('ignore, n', ((255, 6), (0, 6), (5, 6), (0, 256)))
+def test_a_split_without_labels_scores_nothing(tmp_path, ignore, n):
     root = empty_set(tmp_path / 'set')
     settings.IGNORE_LABEL = ignore
     add(root, 'a', np.ones((4, 6)), split='test')
     label_path(root, 'a').unlink()
     data = dataset.Segmentation('test', train=False, labelled=False)
     pred = torch.arange(24).view(4, 6) % 6
-    assert not utils.confusion_matrix(pred, data[0][1], 6, ignore).any()
+    assert not utils.confusion_matrix(pred, data[0][1], n, ignore).any()
 
 
 def test_ids_that_no_byte_holds_are_void():
