@@ -2,12 +2,13 @@
 the place of its log. What the command line has set stays; whatever does not
 come from settings.py is logged with its source.
 """
+import json
 import os
 
 import settings
 from lib.checkpoint import DATA_SETTINGS
 from lib.images import CONTROL, is_class_name, read_class_file
-from utils import UserError, log
+from utils import UserError, log, read_text
 
 
 def check_record(recorded, checkpoint, path):
@@ -134,13 +135,23 @@ def report_folder(checkpoint, path):
     folder, run = os.path.dirname(path), checkpoint.get('settings') or {}
     if 'LOG_DIR' in settings.given():
         return settings.LOG_DIR
-    if {'MODEL_DIR', 'LOG_DIR'} <= run.keys() and _is_same(
-            folder, run['MODEL_DIR']) and os.path.isdir(run['LOG_DIR']):
+    if _is_run({'MODEL_DIR': folder, 'LOG_DIR': run.get('LOG_DIR')}):
         return run['LOG_DIR']
     if _is_same(folder, settings.MODEL_DIR):
         return settings.LOG_DIR
     name = os.path.relpath(path).removesuffix('.pth').replace('../', '')
     return os.path.join(settings.LOG_DIR, 'eval', name.replace(os.sep, '-'))
+
+
+def _is_run(folders):
+    """Tell whether the run in LOG_DIR had this LOG_DIR and this MODEL_DIR, as
+    its own settings.json says: a checkpoint may name anyone's folder."""
+    try:
+        path = os.path.join(folders['LOG_DIR'], 'settings.json')
+        record = json.loads(read_text(path))
+        return all(_is_same(folders[name], record[name]) for name in folders)
+    except (UserError, ValueError, LookupError, TypeError, RecursionError):
+        return False
 
 
 def _adopt(names, recorded, path):

@@ -318,11 +318,18 @@ def test_results_of_another_run_replace_none(small, monkeypatch, capsys):
     vars(settings).update(MODEL_DIR='models', LOG_DIR='logdir')
     run = {'MODEL_DIR': 'x/models', 'LOG_DIR': 'x/log'}
     os.makedirs('x/log')
+    os.makedirs('other')        # a folder that a checkpoint may name
+    with open('x/log/settings.json', 'w') as file:
+        json.dump(run, file)
     for path, recorded, folder in (
             ('models/best.pth', {}, 'logdir'),
             ('x/models/final.pth', run, 'x/log'),
             ('x/models/final.pth', {**run, 'LOG_DIR': 'y'},
              'logdir/eval/x-models-final'),
+            ('x/models/final.pth', {**run, 'LOG_DIR': 'other'},
+             'logdir/eval/x-models-final'),
+            ('y/models/final.pth', {**run, 'MODEL_DIR': 'y/models'},
+             'logdir/eval/y-models-final'),
             ('models/final.pth', {**run, 'LOG_DIR': 'y'}, 'logdir'),
             ('../t1/models/final.pth', {'MODEL_DIR': 'models', 'LOG_DIR': '.'},
              'logdir/eval/t1-models-final'),
