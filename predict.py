@@ -52,6 +52,8 @@ IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.gif', '.ppm', '.tif', '.tiff',
           '.webp')           # what is taken of a folder, and
 VIDEOS = ('.avi', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.webm')
 WEIGHTS = ('.pth', '.safetensors', '.onnx')
+RESULTS = ('.png', '.overlay.jpg', '.overlay.mp4', '.prob.npy',
+           '.attention.jpg', '.em.jpg')
 
 
 # ------------------------------------------------- files
@@ -81,7 +83,7 @@ def output_paths(files, folder):
     """Return {file: path of its results without ending}, folders searched.
 
     Raises UserError for a file that is not there, two that would be written
-    to one, and one that would be written over by its mask.
+    to one, and one that would be written over by a result.
     """
     sources = {}
     for file, place in [pair for each in files
@@ -92,10 +94,13 @@ def output_paths(files, folder):
         if name in sources:
             raise UserError(f'{sources[name]} and {file} would both be '
                             f'written as {name}; rename one')
-        if is_same_file(file, os.path.join(folder, f'{name}.png')):
-            raise UserError(f'{file} would be written over by its mask; '
-                            f'name another folder by --to')
         sources[name] = file
+    results = {os.path.realpath(os.path.join(folder, name + ending))
+               for name in sources for ending in RESULTS}
+    for file in sources.values():
+        if os.path.realpath(file) in results:
+            raise UserError(f'{file} would be written over by a result; name '
+                            f'another folder by --to')
     if not sources:
         raise UserError(f'{", ".join(files)}: no image '
                         f'({", ".join(IMAGES)}) and no video is in there')

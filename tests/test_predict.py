@@ -362,7 +362,8 @@ def test_a_folder_of_a_run_is_a_checkpoint(net, command):
     ('p.png wrong.onnx --em', 'wrong.onnx: an ONNX file does not give the'),
     ('gone.png', 'gone.png is not there'),
     ('p.png p.jpg', 'p.png and p.jpg would both be written as p'),
-    ('p.png --to .', 'p.png would be written over by its mask'),
+    ('p.png --to .', 'p.png would be written over by a result'),
+    ('q.jpg q.overlay.jpg --to .', 'q.overlay.jpg would be written over by'),
     ('p.png a.pth b.pth', 'a.pth, b.pth: name one checkpoint at most'),
     ('a.pth', 'a.pth: name images'),
     ('p.png gone.pth', 'gone.pth is not there'),
@@ -376,7 +377,7 @@ def test_a_folder_of_a_run_is_a_checkpoint(net, command):
     ('p.png wrong.onnx', 'wrong.onnx cannot be run by onnxruntime'),
     ('p.png wrong.safetensors', 'wrong.safetensors is truncated')))
 def test_bad_input_ends_in_a_line(net, arguments, line, monkeypatch, capsys):
-    for path in ('p.png', 'p.jpg'):
+    for path in ('p.png', 'p.jpg', 'q.jpg', 'q.overlay.jpg'):
         write_image(path)
     os.mkdir('empty')
     for name in ('wrong.onnx', 'wrong.safetensors', 'text.jpg'):
