@@ -120,26 +120,35 @@ def read_any_image(path):
         with Image.open(path) as image:
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
-            image = _to_rgb(image)
-        return np.array(image)      # now the file's own pixels are freed
+            return _rgb_pixels(image)
     except UNREADABLE as error:
         raise UserError(f'{path} cannot be read as an image '
                         f'({_reason(error)})') from None
 
 
-def _to_rgb(image):
-    """Return a Pillow image in RGB; large ones are copied no more often than
-    must be."""
+def _rgb_pixels(image):
+    """Return a Pillow image as (H, W, 3); converted by strips of rows, since
+    Pillow's own copies of a large one would take 1 GB each."""
     if image.mode.startswith('I'):
         grey = np.asarray(image)
         grey = grey // 257 if grey.max() > 255 else grey
         image = Image.fromarray(np.uint8(grey.clip(0, 255)))
-    if image.has_transparency_data:
-        image = image if image.mode == 'RGBA' else image.convert('RGBA')
-        white = Image.new('RGB', image.size, 'white')
-        white.paste(image, mask=image)
-        return white
-    return image if image.mode == 'RGB' else image.convert('RGB')
+    width, height = image.size
+    pixels = np.empty((height, width, 3), np.uint8)
+    for top in range(0, height, 256):
+        bottom = min(top + 256, height)
+        pixels[top:bottom] = _to_rgb(image.crop((0, top, width, bottom)))
+    return pixels
+
+
+def _to_rgb(image):
+    """Return a Pillow image in RGB, on white where it is transparent."""
+    if not image.has_transparency_data:
+        return image.convert('RGB')
+    image = image.convert('RGBA')
+    white = Image.new('RGB', image.size, 'white')
+    white.paste(image, mask=image)
+    return white
 
 
 # ------------------------------------------------- writing
