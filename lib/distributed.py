@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 
@@ -33,6 +34,9 @@ from utils import (
     plural,
     world,
 )
+
+# of the 108 bytes of a socket's path: /pymp-12345678/listener-12345678\0
+MAX_SOCKET_FOLDER = 108 - 14 - 18 - 1
 
 
 # ------------------------------------------------- stop requests
@@ -253,7 +257,16 @@ def count_workers():
 
 def share_socket_folder():
     """Have loader processes to come keep their sockets in a temporary folder
-    of this process: one of their own would stay when they are killed."""
+    of this process: one of their own would stay when they are killed.
+
+    Raises UserError where a socket's path would be too long: a loader process
+    then sends nothing, and would be waited for without end.
+    """
+    folder = tempfile.gettempdir()
+    if len(os.fsencode(folder)) > MAX_SOCKET_FOLDER:
+        raise UserError(f'TMPDIR={folder} is too long for the sockets of '
+                        f'loader processes, more than {MAX_SOCKET_FOLDER} '
+                        f'bytes; set another (TMPDIR=/tmp), or NUM_WORKERS=0')
     multiprocessing.util.get_temp_dir()
 
 

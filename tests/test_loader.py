@@ -2,8 +2,10 @@
 
     python -m pytest tests/test_loader.py
 """
+import multiprocessing.util
 import os
 import signal
+import tempfile
 import traceback
 
 import cv2
@@ -196,6 +198,21 @@ class Probe(torch.utils.data.Dataset):
                  signal.getsignal(signal.SIGTERM) is signal.SIG_IGN,
                  cv2.getNumThreads()]
         return torch.zeros(3, 1, 1), torch.tensor(found), 'probe'
+
+
+def test_a_temporary_folder_too_long_for_sockets_is_refused(
+        small, monkeypatch):
+    """Loader processes there would send nothing, and be waited for."""
+    settings.NUM_WORKERS = 1
+    data = dataset.Segmentation('val', train=False)
+    for length, is_fit in ((75, True), (76, False)):
+        monkeypatch.setattr(tempfile, 'tempdir', '/tmp/' + 'x' * (length - 5))
+        monkeypatch.setattr(multiprocessing.util, 'get_temp_dir', lambda: '')
+        if is_fit:
+            dataset.val_loader(data)
+            continue
+        with pytest.raises(UserError, match='TMPDIR=/tmp/x+ is too long'):
+            dataset.val_loader(data)
 
 
 def test_a_worker_leaves_signals_to_the_main_process():
