@@ -1,4 +1,6 @@
 """Fetches files: a broken download is resumed, a wrong hash is refused."""
+import contextlib
+import fcntl
 import hashlib
 import http.client
 import os
@@ -34,10 +36,24 @@ def download(url, path, expected):
     """Fetch url to path, with a bar, and check its hash, unless that is ''.
 
     A download that broke off is resumed (path + '.part'); a file with a wrong
-    hash is removed. Raises RunError where nothing can be fetched (it says
-    which file to put where), UserError for a wrong hash.
+    hash is removed. Of several processes one fetches, the others wait.
+    Raises RunError where nothing can be fetched (it says which file to put
+    where), UserError for a wrong hash.
     """
-    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+    folder = os.path.dirname(path) or '.'
+    os.makedirs(folder, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):      # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if not os.path.exists(path):
+            _download(url, path, expected)
+    finally:
+        os.close(lock)
+
+
+def _download(url, path, expected):
+    """Fetch url to path; nobody else does."""
     part = path + '.part'
     try:
         _fetch(url, part)

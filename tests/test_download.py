@@ -6,12 +6,15 @@ They come from a server in this process, on localhost.
 """
 import hashlib
 import socket
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 
+from conftest import REPO
 from files import contents, expect_error
 from lib.download import check_hash, download
 from utils import RunError, UserError
@@ -96,6 +99,18 @@ def test_download_resumes_a_part(part, ignore, sent, expected, server,
     download(server.url, str(tmp_path / 'x.pth'), expected)
     assert contents(tmp_path) == {'x.pth': BODY}
     assert server.ranges == [f'bytes={part}-'] and server.sent == sent
+
+
+def test_processes_that_want_one_file_fetch_it_once(server, tmp_path):
+    """Together they would write one .part, which no hash fits."""
+    child = (f'import sys; sys.path.insert(0, {REPO!r})\n'
+             f'from lib.download import download\n'
+             f'download({server.url!r}, "x.pth", {HASH!r})')
+    running = [subprocess.Popen([sys.executable, '-c', child], cwd=tmp_path)
+               for _ in range(3)]
+    assert [each.wait(100) for each in running] == [0, 0, 0]
+    assert contents(tmp_path) == {'x.pth': BODY}
+    assert server.ranges == [None]
 
 
 def test_download_with_a_wrong_hash_leaves_nothing(server, tmp_path):
