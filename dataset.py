@@ -19,11 +19,11 @@ import signal
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from fractions import Fraction
 
 import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 import settings
@@ -34,6 +34,7 @@ from lib.distributed import (
     inherit_socket_folder,
     share_socket_folder,
 )
+from lib.scaling import scaled_image, scaled_label, scaled_side
 from lib.visualize import draw_augmented
 from utils import UserError
 
@@ -75,55 +76,6 @@ def read_ids(root, split):
     if count > 1:
         raise UserError(f'{path} has {twice} twice; remove one')
     return ids
-
-
-# ------------------------------------------------- scaling
-@functools.cache
-def _ratio(scale):
-    """Return a scale as the fraction that it is meant to be: 0.4 is 2/5."""
-    return Fraction(str(scale))
-
-
-def scaled_side(side, scale):
-    """Return the pixels of a side that is scaled: side * scale rounded, half
-    a pixel downwards."""
-    p, q = _ratio(scale).as_integer_ratio()
-    return max(1, (2 * side * p + q - 1) // (2 * q))
-
-
-def scaled_image(image, scale, rows, columns):
-    """Return the window rows x columns (ranges) of an image (H, W, 3) that is
-    scaled bilinearly: pixel i shows the place (i + 0.5) / scale - 0.5.
-
-    Bit-equal to scaling the whole, whatever OpenCV and processor: where
-    scale is p / q, the grid repeats every q pixels, so a window that begins
-    at a multiple of q is weighted as the whole is; and INTER_LINEAR_EXACT,
-    unlike INTER_LINEAR, keeps its weights free of rounding that grows with
-    the coordinate.
-    """
-    if scale == 1:
-        return image[rows.start:rows.stop, columns.start:columns.stop]
-    period, source, inside = _ratio(scale).denominator, [], []
-    for span, side in zip((rows, columns), image.shape):
-        first, last = ((i + 0.5) / scale - 0.5 for i in (span[0], span[-1]))
-        first = max(0, int(first)) // period * period
-        skipped = round(first * scale)
-        source.append(slice(first, min(side, int(last) + 3)))
-        inside.append(slice(span.start - skipped, span.stop - skipped))
-    window = cv2.resize(image[tuple(source)], None, fx=scale, fy=scale,
-                        interpolation=cv2.INTER_LINEAR_EXACT)
-    return window[tuple(inside)]
-
-
-def scaled_label(label, scale, rows, columns):
-    """Return the same window of a label (H, W): each pixel has the value of
-    the source pixel that its centre lies in."""
-    if scale == 1:
-        return label[rows.start:rows.stop, columns.start:columns.stop]
-    y, x = (np.minimum(((np.asarray(span) + 0.5) / scale).astype(np.intp),
-                       side - 1) for span, side in zip((rows, columns),
-                                                       label.shape))
-    return label[y][:, x]
 
 
 # ------------------------------------------------- samples
@@ -351,17 +303,22 @@ def train_loader(data, start=0, rank=0, world=1, progress=iter):
     return _loader(data, BatchSampler(len(data), start, rank, world))
 
 
-def val_loader(data, rank=0, world=1, batch=1):
-    """Return a loader of whole images, every world-th of the list, up to
-    `batch` images of one size at a time."""
+def val_loader(data, rank=0, world=1, sizes=None, batch_size=None):
+    """Return a loader of whole images, every world-th of the list, in its
+    order, one at a time.
+
+    Args:
+        sizes: [(H, W)] of what may be in a batch together.
+        batch_size: with sizes, how many images of a size are.
+    """
     mine, by_size = range(rank, len(data), world), {}
-    if batch == 1:
+    if not sizes:
         return _loader(data, [[i] for i in mine])
-    sizes = data.image_sizes()
     for i in mine:
         by_size.setdefault(sizes[i], []).append(i)
-    return _loader(data, [same[i:i + batch] for same in by_size.values()
-                          for i in range(0, len(same), batch)])
+    return _loader(data, [same[i:i + batch_size(size)]
+                          for size, same in by_size.items()
+                          for i in range(0, len(same), batch_size(size))])
 
 
 def _loader(data, batch_sampler):
@@ -373,17 +330,27 @@ def _loader(data, batch_sampler):
                     and sys.platform == 'linux')        # by a fork
     return DataLoader(data, batch_sampler=batch_sampler,
                       num_workers=workers,
-                      pin_memory=torch.cuda.is_available(),
+                      pin_memory=torch.cuda.is_initialized(),
                       worker_init_fn=_start_worker, collate_fn=_collate,
                       multiprocessing_context='fork' if shares_cache else None,
                       generator=torch.Generator())
 
 
 def _collate(samples):
-    """Return (image (b, 3, H, W), label (b, H, W), IDs) of samples; the image
-    lies in memory as decoders return it, channels last."""
+    """Return (image (b, 3, H, W), label (b, H, W), IDs) of samples, padded to
+    one size, labels by void; the image lies in memory as decoders return it,
+    channels last."""
     image, label, names = zip(*samples)
-    image = default_collate([each.permute(1, 2, 0) for each in image])
+    image = [each.permute(1, 2, 0) for each in image]
+    if len({each.shape for each in label}) > 1:
+        height, width = (max(sides) for sides in zip(*(
+            each.shape for each in label)))
+        sides = [(0, width - each.shape[1], 0, height - each.shape[0])
+                 for each in label]
+        image = [F.pad(each, (0, 0, *pad)) for each, pad in zip(image, sides)]
+        label = [F.pad(each, pad, value=settings.IGNORE_LABEL)
+                 for each, pad in zip(label, sides)]
+    image = default_collate(image)
     return image.permute(0, 3, 1, 2), default_collate(label), names
 
 
@@ -411,13 +378,19 @@ def to_device(loader, device):
                label.to(device, non_blocking=is_gpu), names)
 
 
+@functools.cache                        # a copy to a GPU waits for it
+def _to_device(values, device, dtype):
+    """Return the values of three channels as a tensor (3, 1, 1)."""
+    return torch.tensor(values, device=device, dtype=dtype).view(3, 1, 1)
+
+
 def normalise(image, device):
     """Return images uint8 (b, 3, H, W) as floats (torch's default, float32)
     on the device, mean taken off and divided by std."""
-    image = image.to(device, torch.get_default_dtype())
-    mean, std = (torch.tensor(x, device=device).view(3, 1, 1)
+    dtype = torch.get_default_dtype()
+    mean, std = (_to_device(tuple(x), device, dtype)
                  for x in (settings.MEAN, settings.STD))
-    return (image / 255 - mean) / std
+    return (image.to(device, dtype) / 255 - mean) / std
 
 
 # ------------------------------------------------- a look at it

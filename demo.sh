@@ -1,7 +1,7 @@
 #!/bin/sh
 # See EMANet learn, in a few minutes on two CPU cores: generate a toy data set,
 # train a small network on it, evaluate it, predict images.
-#     sh demo.sh [KEY=VALUE ...]          # such as ITER_MAX=50
+#     sh demo.sh [KEY=VALUE ...]          # such as ITER_MAX=50 or DEVICES=0
 set -eu
 cd "$(dirname "$0")"
 for word in "$@"; do
@@ -16,7 +16,8 @@ done
 set -- DATA_ROOT=data/toy TRAIN_SPLIT=train MODEL_DIR=demo/models \
     LOG_DIR=demo/logdir N_CLASSES=6 N_LAYERS=18 STEM=plain PRETRAINED= \
     STRIDE=8 EM_CHANNELS=256 BN_MOM=0.1 LR=0.01 CROP_SIZE=97 BATCH_SIZE=4 \
-    SCALES=0.75,1,1.25 ITER_MAX=300 ITER_VAL=100 NUM_WORKERS=1 "$@"
+    SCALES=0.75,1,1.25 ITER_MAX=300 ITER_VAL=100 NUM_WORKERS=1 \
+    DEVICES=-1 "$@"
 
 python prepare.py toy
 python train.py "$@"

@@ -18,7 +18,6 @@ if __name__ == '__main__':      # before torch, whose import takes seconds
 import argparse
 import functools
 import math
-import os
 import sys
 import time
 
@@ -42,13 +41,20 @@ from lib.checkpoint import (
 from lib.cost import available_memory
 from lib.distributed import describe_device, join, leave, pick_devices_for
 from lib.download import file_hash
-from lib.images import read_classes, save_image
+from lib.images import read_classes
 from lib.recorded import adopt_data, report_folder
-from lib.results import RESULTS, append_result, open_results
+from lib.results import (
+    RESULTS,
+    append_result,
+    log_scores,
+    open_results,
+    write_report,
+)
 from utils import UserError
 
 MAX_WHOLE = 2 ** 23          # pixels; larger images use a sliding window even
 #                              with EVAL_WINDOW=0 (Cityscapes at scale 2 fits)
+MAX_BATCH = 2 ** 22          # pixels of a batch on a GPU, at the largest scale
 DEFAULT_WINDOW = 513         # its side then
 SHOWN_BASES = 8              # of which attention maps are drawn
 _log_once = functools.cache(utils.log)
@@ -197,13 +203,17 @@ def check_memory(shape, device, scales):
 # ------------------------------------------------- a split
 def prepare_network(net):
     """Return a function image -> logits in evaluation mode, as INFERENCE
-    asks: the net, or a copy with batch norm folded, in bfloat16 if wanted."""
+    asks: the net, or a copy with batch norm folded, which is compiled, or in
+    bfloat16, if wanted."""
     net.eval()
     if settings.INFERENCE == 'plain':
         return lambda image: net(image.contiguous())
     folded = network.fold_batch_norm(net)
     if settings.INFERENCE == 'folded':
         return folded
+    if settings.INFERENCE == 'compiled':
+        utils.check_compiler('INFERENCE=compiled')
+        return torch.compile(folded, dynamic=True)
     for part in folded.modules():       # EM and its bases stay in float32
         if isinstance(part, torch.nn.Conv2d):
             part.to(torch.bfloat16)
@@ -219,16 +229,21 @@ def get_device(net):
     return next((p.device for p in net.parameters()), torch.device('cpu'))
 
 
-def eval_batch_size(device):
-    """Return how many images of one size are predicted at once."""
-    return settings.EVAL_BATCH or (8 if device.type == 'cuda' else 1)
+def eval_batch_size(device, size):
+    """Return how many images of size (H, W) are predicted at once."""
+    if settings.EVAL_BATCH or device.type != 'cuda':
+        return settings.EVAL_BATCH or 1
+    pixels = math.prod(scaled_size(size, max(settings.EVAL_SCALES)))
+    return max(1, min(8, MAX_BATCH // pixels))
 
 
-def open_split(split):
-    """Open a split and check it; see check_labels."""
-    data = dataset.Segmentation(split, train=False)
-    check_labels(data)
-    return data
+def padded_size(size):
+    """Return the size (H, W) that an image of a size is padded to, if it is
+    predicted once and whole; else its own."""
+    s = settings
+    if tuple(s.EVAL_SCALES) != (1,) or s.EVAL_FLIP or window_size(size, (1,)):
+        return size
+    return tuple(side + -(side - 1) % s.STRIDE for side in size)
 
 
 def check_labels(data):
@@ -248,18 +263,26 @@ def check_labels(data):
 @torch.no_grad()
 def predictions(net, data):
     """Yield (classes (b, H, W) uint8, label, IDs) of this process's share of
-    a split, on the net's device, at EVAL_SCALES and EVAL_FLIP; the net is
-    left in evaluation mode."""
+    a split, on the net's device, at EVAL_SCALES and EVAL_FLIP; smaller images
+    of a batch are padded, their labels by void. The net is left in evaluation
+    mode."""
     device, run = get_device(net), prepare_network(net)
+    batch_size, sizes = functools.partial(eval_batch_size, device), []
+    if batch_size((1, 1)) > 1:
+        sizes = data.image_sizes()
     loader = dataset.val_loader(data, utils.rank(), utils.world(),
-                                eval_batch_size(device))
+                                [*map(padded_size, sizes)], batch_size)
+    size_of = dict(zip(data.ids, sizes))
     dataset.retain_freed_memory()
     bar = utils.progress(total=len(data), desc='evaluate', unit='image',
                          leave=False)
     for image, label, ids in dataset.to_device(loader, device):
-        yield predict_classes(
-            run, dataset.normalise(image, device), settings.EVAL_SCALES,
-            settings.EVAL_FLIP), label, ids
+        image = dataset.normalise(image, device)
+        for one, name in zip(image, ids):       # pad_to_grid pads with 0
+            height, width = size_of.get(name, one.shape[1:])
+            one[:, height:], one[:, :, width:] = 0, 0
+        yield predict_classes(run, image, settings.EVAL_SCALES,
+                              settings.EVAL_FLIP), label, ids
         bar.update(len(ids) * utils.world())
     bar.close()
 
@@ -353,20 +376,15 @@ def score(net, data, names):
     confusion = evaluate(net, data)
     result = utils.scores(confusion, settings.EVAL_CLASSES)
     classes = dict(zip(names, result.pop('IoU')))
-    width = max(20, *map(len, names))
-    utils.log(f'{"class":{width}}  IoU %')
-    for name, iou in classes.items():
-        text = '-' if iou is None else f'{100 * iou:.2f}'
-        utils.log(f'{name:{width}} {text:>6}')
-    utils.log('  '.join(f'{name} {100 * value:.2f} %'
-                        for name, value in result.items()))
+    log_scores(classes, result)
     return {**result, 'classes': classes, 'confusion': confusion.tolist()}
 
 
 def report(net, checkpoint, path, digest):
     """Score a checkpoint's weights, averaged ones too, on VAL_SPLIT; write
     the result. digest: the sha256 of the file."""
-    data = open_split(settings.VAL_SPLIT)
+    data = dataset.Segmentation(settings.VAL_SPLIT, train=False)
+    check_labels(data)
     names, colours = get_classes(checkpoint)
     folder = report_folder(checkpoint, path)
     if utils.rank() == 0:
@@ -397,15 +415,6 @@ def report(net, checkpoint, path, digest):
               f'{checkpoint.get("step")} of {path}; eval.json, '
               f'confusion.png and classes.png are in {folder}, and a line in '
               f'{RESULTS}')
-
-
-def write_report(result, names, colours, folder):
-    """Write eval.json, confusion.png and classes.png into a folder."""
-    utils.save_json(result, os.path.join(folder, 'eval.json'))
-    save_image(visualize.plot_confusion(result['confusion'], names),
-               os.path.join(folder, 'confusion.png'))
-    save_image(visualize.plot_iou(result['classes'], colours, result['mIoU']),
-               os.path.join(folder, 'classes.png'))
 
 
 def parse_arguments(words):

@@ -40,10 +40,27 @@ def to_float32(x):
 
 
 def upsample(x, size):
-    """Resize (b, c, h, w) to size (H, W), bilinear, corners aligned. In
+    """Resize (b, c, h, w) to size (H, W), bilinear, corners aligned, in
     float32: bfloat16 would be rougher, and slower on a CPU."""
-    return F.interpolate(to_float32(x).contiguous(), size, mode='bilinear',
-                         align_corners=True)
+    x = to_float32(x).contiguous()
+    if x.is_cuda:
+        return upsample_by_products(x, size)
+    return F.interpolate(x, size, mode='bilinear', align_corners=True)
+
+
+def upsample_by_products(x, size):
+    """Resize as upsample, by matrix products with the weights of the rows and
+    the columns. On a GPU the gradient of interpolate is summed by atomics:
+    slowly, and in another order each time."""
+    with torch.autocast(x.device.type, enabled=False):
+        for length in size:         # the last two sides change places twice
+            n = x.shape[2]
+            place = torch.linspace(0, n - 1, length, dtype=torch.float64,
+                                   device=x.device)
+            cells = torch.arange(n, device=x.device)
+            weight = 1 - (place - cells[:, None]).abs()     # (n, length)
+            x = x.transpose(2, 3) @ weight.clamp(min=0).to(x.dtype)
+    return x
 
 
 # ------------------------------------------------- backbone
@@ -136,9 +153,12 @@ class ResNet(nn.Sequential):
             dilations = [dilation] * count
             if i == 3 and dilation > 1:         # multi-grid
                 dilations = [dilation, 2 * dilation, 4 * dilation][:count]
-            layers.append(_layer(block, c, 64 << i, layer_stride, first,
-                                 dilations))
-            c = (64 << i) * block.expansion
+            blocks = []     # the convolution that has the stride, or had it
+            for j, d in enumerate(dilations):   # once, is dilated by `first`
+                blocks.append(block(c, 64 << i, 1 if j else layer_stride,
+                                    d if j else first, d))
+                c = (64 << i) * block.expansion
+            layers.append(nn.Sequential(*blocks))
         super().__init__(conv, nn.BatchNorm2d(layers[0][0].conv1.in_channels),
                          nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1), *layers)
         self.channels, self.recompute = c, False
@@ -152,12 +172,7 @@ class ResNet(nn.Sequential):
         for i, part in enumerate(self):
             if recompute and i > 3:
                 for block in part:
-                    x = checkpoint(
-                        block, x, use_reentrant=False,
-                        preserve_rng_state=False,
-                        context_fn=lambda block=block: (
-                            contextlib.nullcontext(),
-                            _preserve_statistics(block)))
+                    x = _recompute(block, x)
             else:
                 x = part(x)
             if low and i == 4:
@@ -165,19 +180,28 @@ class ResNet(nn.Sequential):
         return (low_features, x) if low else x
 
 
+def _recompute(block, x):
+    """Return block(x), which is computed again in the backward pass."""
+    contexts = {} if torch.compiler.is_compiling() else {   # updates once
+        'context_fn': lambda: (contextlib.nullcontext(),
+                               _preserve_statistics(block))}
+    return checkpoint(block, x, use_reentrant=False, preserve_rng_state=False,
+                      **contexts)
+
+
 @contextlib.contextmanager
 def _preserve_statistics(block):
     """Keep batch norm's running statistics as they are: a block that is
     computed again would update them twice."""
-    buffers = [(m, name, value) for m in block.modules()
-               for name, value in m.named_buffers(recurse=False)]
-    for m, name, value in buffers:
-        setattr(m, name, value.clone())
+    buffers = [(m, dict(m.named_buffers(recurse=False)))
+               for m in block.modules()]
+    for m, own in buffers:
+        m._buffers.update({name: x.clone() for name, x in own.items()})
     try:
         yield
     finally:
-        for m, name, value in buffers:
-            setattr(m, name, value)
+        for m, own in buffers:
+            m._buffers.update(own)
 
 
 def _deep_stem():
@@ -185,15 +209,6 @@ def _deep_stem():
         conv3x3(3, 64, 2), nn.BatchNorm2d(64), nn.ReLU(inplace=True),
         conv3x3(64, 64), nn.BatchNorm2d(64), nn.ReLU(inplace=True),
         conv3x3(64, 128))
-
-
-def _layer(block, c_in, c, stride, first, dilations):
-    """Return one layer's blocks with these dilations; first: that of the
-    convolution that has the stride, or had it before it was taken out."""
-    blocks = [block(c_in, c, stride, first, dilations[0])]
-    for dilation in dilations[1:]:
-        blocks.append(block(c * block.expansion, c, 1, dilation, dilation))
-    return nn.Sequential(*blocks)
 
 
 def _init_weights(module):
@@ -310,7 +325,7 @@ class EMAU(nn.Module):
         """Record two entropies of z (b, n, k), divided by log k and averaged
         over the batch: of an image's mean responsibilities (1: all bases are
         used alike, 0: one alone) and of a position's (0: hard assignment)."""
-        greatest = math.log(max(2, z.shape[2]))
+        greatest, self.metrics = math.log(max(2, z.shape[2])), {}
         for name, share in (('usage', z.mean(1)), ('position', z)):
             entropy = torch.special.entr(share).sum(-1).mean()
             self.metrics[f'{name}_entropy'] = entropy / greatest
@@ -347,9 +362,8 @@ class ConvBNReLU(nn.Module):
 
     def __init__(self, c_in, c_out, kernel=3, dilation=1):
         super().__init__()
-        pad = dilation * (kernel // 2)
-        self.conv = nn.Conv2d(c_in, c_out, kernel, 1, pad, dilation,
-                              bias=False)
+        self.conv = nn.Conv2d(c_in, c_out, kernel, 1, dilation * (kernel // 2),
+                              dilation, bias=False)
         self.bn = nn.BatchNorm2d(c_out)
 
     def forward(self, x):
@@ -365,10 +379,7 @@ def set_bn_momentum(net, momentum):
 
 def fold_batch_norm(net):
     """Return a copy of the net for inference, channels last, with each batch
-    norm folded into the convolution that stands before it.
-
-    Equal to the net to rounding.
-    """
+    norm folded into the convolution before it; equal to rounding."""
     net = copy.deepcopy(net).eval().to(memory_format=torch.channels_last)
     previous_name, previous = '', None
     for name, part in list(net.named_modules()):
@@ -429,8 +440,8 @@ def main():
                            *list(net.named_children())[1:]]:
             x = part(x)
             size = sum(p.numel() for p in part.parameters())
-            label = f'extractor.{name}' if name.isdigit() else name
-            print(f'{label:12} {tuple(x.shape)!s:20} {size:>10,} parameters')
+            print(f'{"extractor." * name.isdigit() + name:12} '
+                  f'{tuple(x.shape)!s:20} {size:>10,} parameters')
         print(f'{"logits":12} {tuple(upsample(x, (513, 513)).shape)}')
 
 

@@ -34,7 +34,7 @@ import heads
 import settings
 from lib import visualize
 from lib.checkpoint import final_in, find_checkpoint, get_classes
-from lib.distributed import pick_devices_for
+from lib.distributed import pick_devices_for, use_device
 from lib.images import read_any_image, save_image, save_label, writing
 from lib.video import OverlayVideo, count_frames, read_frames
 from utils import (
@@ -120,7 +120,7 @@ def read_images(paths, errors):
             yield path, image
 
 
-def group_by_size(items, batch_size):
+def group_by_size(items, device):
     """Yield lists of consecutive items (path, image) of one size; images that
     need a sliding window come alone."""
     batch = []
@@ -129,8 +129,9 @@ def group_by_size(items, batch_size):
             yield batch
             batch = []
         batch.append((path, image))
-        if len(batch) == batch_size or eval.window_size(
-                image.shape[:2], settings.EVAL_SCALES):
+        size = image.shape[:2]
+        if len(batch) == eval.eval_batch_size(device, size) or (
+                eval.window_size(size, settings.EVAL_SCALES)):
             yield batch
             batch = []
     if batch:
@@ -157,7 +158,7 @@ class Predictor:
             raise UserError(f'{path}: an ONNX file does not give the bases '
                             f'that --attention and --em draw; name the .pth '
                             f'that it was exported from')
-        self.device = pick_devices_for(path)[0]
+        self.device = use_device(pick_devices_for(path)[0])
         self.net, checkpoint = heads.load_network(path, self.device)
         self.names, self.colours = get_classes(checkpoint)
         self.prepared, self.args = eval.prepare_network(self.net), args
@@ -168,7 +169,7 @@ class Predictor:
         """Write the results of items (path, image); overlays go into the
         video, if there is one. What is too large for the memory gets a line
         in errors."""
-        for batch in group_by_size(items, eval.eval_batch_size(self.device)):
+        for batch in group_by_size(items, self.device):
             paths, images = zip(*batch, strict=True)
             for path in paths:
                 with writing(f'{path}.png'):

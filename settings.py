@@ -65,7 +65,7 @@ FREEZE = ''                  # of the backbone: 'bn' (its statistics),
 AVERAGE = 0.0                # share kept by averaged weights a step; 0: none
 AMP = 'auto'                 # 'auto' (bf16 on a GPU that has it), 'off',
 #                              'bf16', 'fp16' (with a loss scaler)
-COMPILE = False              # True: the backbone through torch.compile
+COMPILE = False              # True: network and loss through torch.compile
 RECOMPUTE = False            # True: activation checkpointing of the backbone:
 #                              half the activations for a quarter more time
 SEED = 66                    # of weights, order and augmentation
@@ -80,8 +80,10 @@ EVAL_WINDOW = 0              # side of the sliding window, pixels, for images
 #                              ones (docs/evaluation.md)
 INFERENCE = 'folded'         # 'folded' (batch norm in the convolutions),
 #                              'plain' (the network as it is), 'bf16'
-#                              (folded, and convolutions in bfloat16)
-EVAL_BATCH = 0               # images of one size at once; 0: 8 on a GPU, or 1
+#                              (folded, and convolutions in bfloat16),
+#                              'compiled' (folded, through torch.compile)
+EVAL_BATCH = 0               # images of one size at once; 0: one, but on a GPU
+#                              up to 8, by their size
 EVAL_CLASSES = ()            # classes in the means, by number; (): all
 
 # ---------------------------------------------------------------- machine
@@ -149,7 +151,7 @@ _TABLE = {
     'EVAL_SCALES': (tuple[float], '0.05 to 16', 'run'),
     'EVAL_FLIP': (bool, None, 'run'),
     'EVAL_WINDOW': (int, '0 to 65,536', 'run'),
-    'INFERENCE': (str, ('plain', 'folded', 'bf16'), 'run'),
+    'INFERENCE': (str, ('plain', 'folded', 'bf16', 'compiled'), 'run'),
     'EVAL_BATCH': (int, '0 to 65,536', 'machine'),
     'EVAL_CLASSES': (tuple[int], '0 to 255', 'run'),
     'DEVICES': (list[int], '-1 to 1,023', 'machine'),
@@ -365,8 +367,6 @@ def _rules(for_training):
             f'numbers that are not all 0 (N_CLASSES={n})')
         yield (not (CLASS_WEIGHTS and BALANCE_CLASSES), 'CLASS_WEIGHTS and '
                'BALANCE_CLASSES=True do not go together; choose one')
-        yield (not (COMPILE and RECOMPUTE), 'COMPILE=True and RECOMPUTE=True '
-               'do not go together; choose one')
         yield (not HEAD.startswith('deeplab') or BATCH_SIZE >= 2 * ACCUM,
                f'HEAD={HEAD} with BATCH_SIZE={BATCH_SIZE} and ACCUM={ACCUM}: '
                f'it needs at least 2 images at a time, for its batch norm')

@@ -12,16 +12,17 @@ if __name__ == '__main__':      # before torch, whose import takes seconds
     from lib import signals
     signals.end_while_starting(is_run=True)
 
+import copy
+import functools
 import itertools
 import math
 import os
-import shutil
 import time
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import dataset
 import eval
@@ -30,7 +31,6 @@ import network
 import settings
 import utils
 from lib import checkpoint, distributed, run, visualize
-from lib.cost import step_memory
 from lib.images import read_classes
 from lib.logger import Logger
 from lib.pretrained import load_initial_weights
@@ -150,19 +150,32 @@ def memory_format(device):
     return torch.contiguous_format if is_plain else torch.channels_last
 
 
+def forward_loss(model, image, label, weight, amp):
+    """Return the loss of a micro-batch, image (b, 3, H, W) and label (b, H,
+    W); weight: of the classes; amp: of amp_dtype."""
+    with torch.autocast(image.device.type, amp, enabled=amp is not None):
+        logits = model(image)                               # (b, n, H, W)
+    return segmentation_loss(logits, label, weight)
+
+
+@functools.cache
+def compiled_loss():
+    """Return forward_loss through torch.compile, network and loss in one."""
+    return torch.compile(forward_loss)
+
+
 def backward(model, batches, scaler, device, weight):
     """Accumulate the gradients of a step's ACCUM micro-batches; return (its
     loss, a scalar on the device, the images' IDs). weight: of the classes."""
     loss, ids, amp = torch.zeros((), device=device), [], amp_dtype(device)
+    compute = compiled_loss() if settings.COMPILE else forward_loss
     for micro in range(settings.ACCUM):
         image, label, names = next(batches)         # (b, 3, H, W), (b, H, W)
         image = dataset.normalise(image, device).contiguous(
             memory_format=memory_format(device))
         with distributed.skip_sync(model, micro < settings.ACCUM - 1):
-            with torch.autocast(device.type, amp, enabled=amp is not None):
-                logits = model(image)                       # (b, n, H, W)
-            micro_loss = segmentation_loss(
-                logits, label, weight) / settings.ACCUM
+            micro_loss = compute(model, image, label, weight,
+                                 amp) / settings.ACCUM
             scaler.scale(micro_loss).backward()
         loss, ids = loss + micro_loss.detach(), [*ids, *names]
     return loss, ids
@@ -204,17 +217,13 @@ def check_run(processes):
         net = heads.build_network()
     if s.INIT_FROM:
         checkpoint.find_checkpoint(s.INIT_FROM)
-    if s.COMPILE and not any(map(shutil.which, [
-            os.environ.get('CXX', 'c++'), 'g++', 'clang++'])):
-        raise UserError('COMPILE=True: torch.compile needs a C++ compiler, '
-                        'and there is no g++; install it or set COMPILE=False')
+    if s.COMPILE:
+        utils.check_compiler('COMPILE=True')
     if s.CROP_SIZE % s.STRIDE != 1:
         utils.log(f'warning: CROP_SIZE={s.CROP_SIZE} is not k * STRIDE + 1, '
                   f'so that training and evaluation see different grids; use '
                   f'{s.CROP_SIZE // s.STRIDE * s.STRIDE + 1}')
-    for name in ('MODEL_DIR', 'LOG_DIR'):
-        checkpoint.check_writable(name, getattr(s, name))
-    run.lock_folders(is_trial=True)
+    run.check_folders()
     return net
 
 
@@ -249,14 +258,9 @@ def open_data(device):
 def log_start(net, train_set, val_set, device):
     """Say what will be trained; warn where a step is estimated to need more
     memory than there is. net: on the meta device."""
-    s = settings
     run.log_start(net, train_set, val_set, device)
-    b = s.BATCH_SIZE // (s.ACCUM * utils.world())
-    net.extractor.recompute = s.RECOMPUTE
-    needed = step_memory(net, segmentation_loss,
-                         (b, 3, s.CROP_SIZE, s.CROP_SIZE))
-    share = 0.6 if amp_dtype(device) else 1     # docs/performance.md
-    run.warn_of_memory(share * needed, device)
+    net.extractor.recompute = settings.RECOMPUTE
+    run.warn_of_memory(net, segmentation_loss, amp_dtype(device), device)
 
 
 def build(device, is_new):
@@ -275,17 +279,22 @@ def build(device, is_new):
     if utils.world() > 1:
         net = distributed.sync_batch_norm(net)
     net.extractor.recompute = s.RECOMPUTE
-    if s.COMPILE:
-        net.extractor.compile()
     optimizer = torch.optim.SGD(param_groups(net), s.LR, s.LR_MOM, fused=True)
+    run.prepare_momentum(optimizer)
     scaler = torch.amp.GradScaler(
         device.type, enabled=amp_dtype(device) is torch.float16)
-    average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(
-        s.AVERAGE)) if s.AVERAGE else None
-    if average:                     # at 0 the first update would be a copy
-        average.n_averaged.fill_(not is_new)
+    average = copy.deepcopy(net, {id(each): each for each in net.buffers()}
+                            ).requires_grad_(False) if s.AVERAGE else None
     torch.manual_seed(s.SEED + utils.rank())    # dropout's, a process each
     return net, optimizer, scaler, average
+
+
+@torch.no_grad()
+def update_average(average, net, step):
+    """Move the averaged net's parameters towards the net's; after the first
+    step they are equal. Buffers are the net's own."""
+    update = get_ema_multi_avg_fn(settings.AVERAGE if step > 1 else 0)
+    update([*average.parameters()], [*net.parameters()], None)
 
 
 def set_train_mode(net):
@@ -302,7 +311,7 @@ def validate(nets, data, step, logger):
     the logger; the first net is put back into training mode."""
     names, _ = read_classes(data.root, data.n_classes)
     metrics, confusions = {}, []
-    with torch.compiler.set_stance('force_eager'):      # sizes vary
+    with torch.compiler.set_stance('force_eager'), utils.without_search():
         for metric, net in nets.items():
             confusions.append(eval.evaluate(net, data))
             scores = utils.scores(confusions[-1], settings.EVAL_CLASSES)
@@ -367,7 +376,7 @@ def main():
     nets = {'val_mIoU': net}
     parts = {'net': net, 'optimizer': optimizer, 'scaler': scaler}
     if average:
-        parts['average'] = nets['val_mIoU_average'] = average.module
+        parts['average'] = nets['val_mIoU_average'] = average
     start, best = run.restore(state, parts, latest) if state else (0, 0.0)
     model, weight = distributed.wrap_ddp(net), class_weights(train_set, device)
     batches = dataset.to_device(dataset.train_loader(
@@ -375,12 +384,7 @@ def main():
     batches = itertools.chain([*itertools.islice(batches, 1)], batches)
     logger = Logger(s.LOG_DIR, start)
     logger.log_settings(s.as_dict())
-
-    def save(name, for_resume=False):
-        state = run.capture(parts, step, best, for_resume)
-        if utils.rank() == 0:
-            checkpoint.save(state, os.path.join(s.MODEL_DIR, name))
-
+    writer = run.CheckpointWriter(parts)
     step, pending, read_every = start, [], 1 if device.type == 'cpu' else 10
     bar = utils.progress(total=s.ITER_MAX, initial=start, desc='train',
                          unit='step')
@@ -396,7 +400,7 @@ def main():
         scaler.update()
         optimizer.zero_grad()
         if average:
-            average.update_parameters(net)
+            update_average(average, net, step)
         bar.update()
 
         is_last, is_best = step == s.ITER_MAX, False
@@ -411,25 +415,28 @@ def main():
             run.check_finite(parts, step)
         speed = s.BATCH_SIZE * len(rows) / (time.perf_counter() - began)
         if validates:
-            save('latest.pth', for_resume=True)     # whatever comes of it
+            writer.save('latest.pth', step, best, for_resume=True)
+            writer.wait()               # whatever comes of the validation
             rows[-1][1].update(validate(nets, val_set, step, logger))
             is_best = rows[-1][1]['val_mIoU'] > best
             best = max(best, rows[-1][1]['val_mIoU'])
         log_steps(rows, speed, logger, bar)
         if is_best:
-            save('best.pth')
+            writer.save('best.pth', step, best)
         if saves or is_stopping:
-            save('latest.pth', for_resume=True)
+            writer.save('latest.pth', step, best, for_resume=True)
         if keeps:
-            save(f'step_{step}.pth', for_resume=True)
+            writer.save(f'step_{step}.pth', step, best, for_resume=True)
         if is_stopping and not is_last:
+            writer.wait()
             bar.close()
             logger.close()
             utils.log(run.describe_stop(step, stop.name))
             distributed.leave(utils.STOPPED)
         began = time.perf_counter()
 
-    save('final.pth')
+    writer.save('final.pth', step, best)
+    writer.wait()
     bar.close()
     logger.close()
     utils.log(run.describe_end(step, best if val_set else None))

@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import weakref
 
@@ -85,6 +86,9 @@ def _end(line, status):
     if line:
         print(f'{os.path.basename(sys.argv[0])}: {line}', file=sys.stderr,
               flush=True)
+    for thread in threading.enumerate():    # that writes a checkpoint
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
     if dist.is_initialized():       # torch can abort at exit without a peer
         end_at_once(status)
     sys.exit(status)
@@ -340,6 +344,26 @@ def seed_everything(seed, deterministic):
     if deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
         torch.use_deterministic_algorithms(True)
+
+
+def check_compiler(setting):
+    """Raise UserError where the setting asks for torch.compile, which finds
+    no C++ compiler."""
+    if not any(map(shutil.which, [os.environ.get('CXX', 'c++'), 'g++',
+                                  'clang++'])):
+        raise UserError(f'{setting}: torch.compile needs a C++ compiler, and '
+                        f'there is no g++; install it, or leave that out')
+
+
+@contextlib.contextmanager
+def without_search():
+    """Have cuDNN not search for the fastest kernels: image sizes vary."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 # ------------------------------------------------- scores, learning rate

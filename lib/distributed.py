@@ -18,6 +18,7 @@ import warnings
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -98,7 +99,8 @@ def spawn(count):
         free.bind(('localhost', 0))
         port = free.getsockname()[1]
     threads = max(1, (os.cpu_count() or 1) // count)
-    shared = {'OMP_NUM_THREADS': str(threads), **os.environ,
+    shared = {'OMP_NUM_THREADS': str(threads),
+              'TORCH_CPP_LOG_LEVEL': 'ERROR', **os.environ,
               'MASTER_ADDR': 'localhost', 'MASTER_PORT': str(port),
               'WORLD_SIZE': str(count), 'SPAWNED_BY': str(os.getpid())}
     handlers = {n: signal.getsignal(n) for n in signals.SIGNALS}
@@ -165,22 +167,32 @@ def join(devices):
     if not is_launched():
         if len(devices) > 1:
             sys.exit(spawn(len(devices)))
-        return devices[0]
+        return use_device(devices[0])
     local = int(os.environ['LOCAL_RANK'])
     if devices[0].type != 'cpu' and local >= len(devices):
         raise UserError(f'process {local} of this machine has no device: '
                         f'there are {len(devices)}; start fewer')
-    device = devices[local % len(devices)]
+    device = use_device(devices[local % len(devices)])
+    is_gpu = device.type == 'cuda'
+    dist.init_process_group('nccl' if is_gpu else 'gloo',
+                            timeout=datetime.timedelta(minutes=10),
+                            device_id=device if is_gpu else None)
+    return device
+
+
+def use_device(device):
+    """Make a GPU this process's own, whose streams and random state torch
+    takes where none is named; return the device."""
     if device.type == 'cuda':
         torch.cuda.set_device(device)
-    dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo',
-                            timeout=datetime.timedelta(minutes=10))
     return device
 
 
 def leave(status):
-    """End this process in good order with the others."""
+    """End this process in good order with the others: none before the first
+    has written, since torchrun then kills it after a while."""
     if dist.is_initialized():
+        gather(None)
         dist.destroy_process_group()
     if status:
         sys.exit(status)
@@ -290,12 +302,22 @@ def describe_device(device):
 
 # ------------------------------------------------- gradients, batch norm
 def wrap_ddp(net):
-    """Return the net, its gradients averaged over all processes."""
+    """Return the net, its gradients averaged over all processes.
+
+    Where runs are equal bit for bit, the parameters stay in the order that
+    they have at first: DDP would sort them after its first step, and a sum
+    over three processes depends on its order.
+    """
     if world() == 1:
         return net
+    is_exact = settings.DETERMINISTIC or (
+        next(net.parameters()).device.type == 'cpu')
     with warnings.catch_warnings():     # its new name is not in every torch
         warnings.filterwarnings('ignore', '.*broadcast_buffers')
-        return DistributedDataParallel(net, broadcast_buffers=False)
+        return DistributedDataParallel(
+            net, broadcast_buffers=False, gradient_as_bucket_view=True,
+            find_unused_parameters=is_exact,    # which does not sort them
+            static_graph=not is_exact and settings.ACCUM == 1)
 
 
 def skip_sync(model, skip):
@@ -304,50 +326,67 @@ def skip_sync(model, skip):
     return model.no_sync() if skip and is_ddp else contextlib.nullcontext()
 
 
-class _SumOverProcesses(torch.autograd.Function):
-    """torch's all-reduce with its gradient, which is an all-reduce too. (The
-    one in torch.distributed.nn.functional is about to go.)"""
+def _to_float32(x):
+    """Return x in float32, or as it is where it is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class _Normalise(torch.autograd.Function):
+    """Batch norm by the statistics of all processes, whose batches are of one
+    size. Keeps x alone for the backward pass, and exchanges one tensor each
+    way, without waiting for the device."""
 
     @staticmethod
-    def forward(ctx, x):
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
+    def forward(ctx, x, weight, bias, eps):                     # (b, c, h, w)
+        var, mean = torch.var_mean(_to_float32(x), (0, 2, 3), correction=0)
+        both = torch.stack([var, mean])                         # (2, c)
+        parts = both.new_empty(dist.get_world_size() * 2, len(var))
+        dist.all_gather_into_tensor(parts, both)
+        variances, means = parts.view(-1, 2, len(var)).unbind(1)    # (p, c)
+        mean = means.mean(0)
+        var = variances.mean(0) + means.var(0, correction=0)
+        y = F.batch_norm(x, mean, var, weight, bias, eps=eps)
+        scale = (var + eps).rsqrt()                             # (c,)
+        ctx.save_for_backward(x, weight, mean, scale)
+        ctx.mark_non_differentiable(mean, var)
+        return y, mean, var
 
     @staticmethod
-    def backward(ctx, grad):
-        return _SumOverProcesses.forward(ctx, grad)
+    def backward(ctx, grad, *_):                                # (b, c, h, w)
+        x, weight, mean, scale = ctx.saved_tensors
+        mean, scale = mean[:, None, None], scale[:, None, None]
+        dy, x = _to_float32(grad), (_to_float32(x) - mean) * scale
+        own = torch.stack([dy.sum((0, 2, 3)), (dy * x).sum((0, 2, 3))])
+        total = own.clone()                                     # (2, c)
+        dist.all_reduce(total)
+        total /= dy.numel() // dy.shape[1] * dist.get_world_size()
+        about, along = total[:, :, None, None]
+        dx = (dy - about - x * along) * (scale * weight[:, None, None])
+        return dx.to(grad.dtype), own[1], own[0], None
 
 
 class GlobalBatchNorm(nn.BatchNorm2d):
     """Batch norm over the batches of all processes, which are of one size.
 
-    For the CPU, where torch's SyncBatchNorm refuses; differentiable.
+    torch's SyncBatchNorm is for GPUs alone; for batches that differ it waits
+    for the device in each layer, where torch.compile breaks the graph.
     """
 
     def forward(self, x):                                       # (b, c, h, w)
         if not self.training:
             return super().forward(x)
-        y = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        count = y.numel() // y.shape[1] * dist.get_world_size()
-        total = _SumOverProcesses.apply
-        mean = total(y.sum((0, 2, 3))) / count                  # (c,)
-        y = y - mean[:, None, None]
-        var = total(y.square().sum((0, 2, 3))) / count          # (c,)
+        y, mean, var = _Normalise.apply(x, self.weight, self.bias, self.eps)
+        count = x.numel() // x.shape[1] * dist.get_world_size()
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * count / (count - 1), self.momentum)
             self.num_batches_tracked += 1
-        scale = self.weight * (var + self.eps).rsqrt()
-        return (y * scale[:, None, None]
-                + self.bias[:, None, None]).to(x.dtype)
+        return y
 
 
 def sync_batch_norm(net):
     """Return the net with batch statistics taken over all processes; its
     state_dict keeps its keys."""
-    if next(net.parameters()).device.type == 'cuda':
-        return nn.SyncBatchNorm.convert_sync_batchnorm(net)
     for module in net.modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = GlobalBatchNorm  # same tensors, other forward

@@ -1,17 +1,23 @@
-"""results.csv: a line for each evaluation, in the folder where it runs."""
+"""What an evaluation leaves: a table on the screen, eval.json and its charts,
+and a line of results.csv, in the folder where it runs.
+"""
 import contextlib
 import csv
 import fcntl
 import io
 import os
 
+from lib import visualize
+from lib.images import save_image
 from utils import (
     RunError,
     UserError,
     atomic_write,
     forked_from,
     git_hash,
+    log,
     read_text,
+    save_json,
 )
 
 RESULTS = 'results.csv'
@@ -108,3 +114,29 @@ def append_result(scored, weights, result, seconds):
             name: ' '.join(map(str, value)) if isinstance(
                 value, (list, tuple)) else value
             for name, value in row.items()})
+
+
+# ------------------------------------------------- table, eval.json
+def log_scores(classes, means):
+    """Log a table of scores in per cent.
+
+    Args:
+        classes: {name: IoU, 0..1, or None for a class that is not there}.
+        means: {name: 0..1}, as of utils.scores.
+    """
+    width = max(20, *map(len, classes))
+    log(f'{"class":{width}}  IoU %')
+    for name, iou in classes.items():
+        text = '-' if iou is None else f'{100 * iou:.2f}'
+        log(f'{name:{width}} {text:>6}')
+    log('  '.join(f'{name} {100 * value:.2f} %'
+                  for name, value in means.items()))
+
+
+def write_report(result, names, colours, folder):
+    """Write eval.json, confusion.png and classes.png into a folder."""
+    save_json(result, os.path.join(folder, 'eval.json'))
+    save_image(visualize.plot_confusion(result['confusion'], names),
+               os.path.join(folder, 'confusion.png'))
+    save_image(visualize.plot_iou(result['classes'], colours, result['mIoU']),
+               os.path.join(folder, 'classes.png'))

@@ -5,6 +5,7 @@ import math
 import os
 import shlex
 import sys
+import threading
 
 import numpy as np
 import torch
@@ -13,8 +14,15 @@ import torch.distributed as dist
 import settings
 import utils
 from lib import signals
-from lib.checkpoint import load, load_strict, not_finite, summarize_keys
-from lib.cost import available_memory
+from lib.checkpoint import (
+    check_writable,
+    load,
+    load_strict,
+    not_finite,
+    save,
+    summarize_keys,
+)
+from lib.cost import available_memory, step_memory
 from lib.distributed import (
     count_workers,
     describe_device,
@@ -74,13 +82,18 @@ def log_start(net, train_set, val_set, device):
     log(f'writes: checkpoints into {s.MODEL_DIR}, logs into {s.LOG_DIR}')
 
 
-def warn_of_memory(needed, device):
+def warn_of_memory(net, loss, amp, device):
     """Warn where a step needs more memory than a device has free.
 
     Args:
-        needed: bytes, of each process.
+        net, loss: as of lib.cost.step_memory.
+        amp: the type of mixed precision, or None.
         device: a GPU, or the CPU, which this machine's processes share.
     """
+    s = settings
+    b = s.BATCH_SIZE // (s.ACCUM * world())
+    needed = step_memory(net, loss, (b, 3, s.CROP_SIZE, s.CROP_SIZE))
+    needed *= 0.6 if amp else 1         # docs/performance.md
     if device.type == 'cuda':
         free = torch.cuda.mem_get_info(device)[0]
     else:
@@ -90,6 +103,15 @@ def warn_of_memory(needed, device):
         log(f'warning: a step needs about {needed / 1e9:.1f} GB of memory, '
             f'{free / 1e9:.1f} GB are free; lower CROP_SIZE, BATCH_SIZE or '
             f'N_LAYERS, raise ACCUM, or set RECOMPUTE=True')
+
+
+# ------------------------------------------------- before the first step
+def check_folders():
+    """Raise UserError or RunError where a run cannot write, or another is at
+    work; make nothing."""
+    for name in ('MODEL_DIR', 'LOG_DIR'):
+        check_writable(name, getattr(settings, name))
+    lock_folders(is_trial=True)
 
 
 # ------------------------------------------------- one run in a folder
@@ -162,19 +184,23 @@ def read_metrics(pending, stop):
 def versions():
     """Return {name: version} of what a run's numbers depend on."""
     return {'python': sys.version.split()[0], 'torch': str(torch.__version__),
-            'numpy': str(np.__version__), 'threads': torch.get_num_threads()}
+            'numpy': str(np.__version__), 'threads': torch.get_num_threads(),
+            **({'gpu': torch.cuda.get_device_name(),
+                'cuda': torch.version.cuda,
+                'cudnn': torch.backends.cudnn.version()}
+               if torch.cuda.is_initialized() else {'gpu': None})}
 
 
 def random_state():
     """Return this process's random state, of the CPU and of its GPU."""
     return [torch.get_rng_state()] + (
-        [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
+        [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])
 
 
 def set_random_state(state):
     """Restore what random_state() returned."""
     torch.set_rng_state(state[0])
-    if state[1:] and torch.cuda.is_available():
+    if state[1:] and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(state[1])
 
 
@@ -213,6 +239,53 @@ def capture(parts, step, best, for_resume):
     if for_resume:
         state['random'] = gather(random_state())
     return state
+
+
+class CheckpointWriter:
+    """Writes a run's checkpoints in a thread while the run goes on, one after
+    the other, from a copy in main memory.
+
+    parts: as of capture. Each process has one; that of rank 0 writes.
+    """
+
+    def __init__(self, parts):
+        self.parts, self.thread, self.error = parts, None, None
+
+    def save(self, name, step, best, for_resume=False):
+        """Write MODEL_DIR/name, see capture; raise what kept the checkpoint
+        before it from being written."""
+        state = capture(self.parts, step, best, for_resume)
+        if utils.rank():
+            return
+        self.wait()
+        path = os.path.join(settings.MODEL_DIR, name)
+        self.thread = threading.Thread(target=self._write,
+                                       args=(_copy_to_host(state), path))
+        self.thread.start()
+
+    def _write(self, state, path):
+        try:
+            save(state, path)
+        except Exception as error:      # raised by wait, in the main thread
+            self.error = error
+
+    def wait(self):
+        """Wait until all is written; raise what kept it from that."""
+        if self.thread:
+            self.thread.join()
+        if self.error:
+            raise self.error
+
+
+def _copy_to_host(value):
+    """Return a checkpoint whose tensors are copies in main memory."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to('cpu', copy=True)
+    if isinstance(value, dict):
+        return {key: _copy_to_host(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_copy_to_host(each) for each in value]
+    return value
 
 
 def read_latest(path):
@@ -284,6 +357,22 @@ def describe_end(step, best):
             f'      python predict.py IMAGE {final}')
 
 
+def prepare_momentum(optimizer):
+    """Give each parameter a momentum that lies in memory as it does.
+
+    Where there is none, zeros: the fused optimizer leaves it uninitialised in
+    a first step that overflows. One of a checkpoint lies as on the device
+    where it was written: the optimizer would pair wrong numbers.
+    """
+    for group in optimizer.param_groups:
+        for param in group['params'] if group['momentum'] else []:
+            state = optimizer.state[param]
+            own = torch.zeros_like(param)
+            if state.get('momentum_buffer') is not None:
+                own.copy_(state['momentum_buffer'])
+            state['momentum_buffer'] = own
+
+
 def restore(state, parts, path):
     """Restore a run's parts from the state of read_latest, which is emptied;
     return (step, best mIoU)."""
@@ -293,6 +382,7 @@ def restore(state, parts, path):
                 load_strict(part, state[name], path)
             else:
                 part.load_state_dict(state[name])
+        prepare_momentum(parts['optimizer'])
         if len(state['random']) == world():
             set_random_state(state['random'][utils.rank()])
     except (LookupError, TypeError, ValueError, RuntimeError) as error:

@@ -8,6 +8,7 @@ import sys
 import tempfile
 
 import pytest
+import torch
 
 import prepare
 import settings
@@ -19,6 +20,9 @@ from project import EDITED, SETTINGS, copy_project
 _copies = tempfile.TemporaryDirectory(prefix='project_')
 REPO = copy_project(f'{_copies.name}/EMANet') if EDITED else utils.ROOT
 vars(settings).update(SETTINGS)
+# the tests are of the CPU, whatever there is; test_gpu.py has the GPUs
+N_GPUS, WITH_GPUS = torch.cuda.device_count(), dict(os.environ)
+os.environ['CUDA_VISIBLE_DEVICES'] = ''
 
 # a network and a schedule of seconds, on the toy set
 SMALL = {'N_CLASSES': 6, 'TRAIN_SPLIT': 'train', 'N_LAYERS': 18,

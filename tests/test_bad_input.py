@@ -226,7 +226,7 @@ def test_classes(bad):
     ('DROPOUT=1.5', '0 to 0.99'),
     ('FREEZE=all', "'backbone'"),
     ('AMP=int8', "'bf16'"),
-    ('INFERENCE=fast', "'plain', 'folded', 'bf16'"),
+    ('INFERENCE=fast', "'plain', 'folded', 'bf16', 'comp"),
     ('CLASS_WEIGHTS=1,2', '6 numbers'),
     ('CLASS_WEIGHTS=auto', 'BALANCE_CLASSES=True'),
     ('OHEM_LEAST=0.1', 'is now OHEM_MIN_KEPT'),

@@ -114,7 +114,7 @@ def test_val_loader_puts_images_of_one_size_together(root):
     for i, shape in enumerate(shapes):
         add(root, f'{i}', np.full(shape, i % 5), split='val')
     data = dataset.Segmentation('val', train=False)
-    batches = list(dataset.val_loader(data, batch=3))
+    batches = list(dataset.val_loader(data, 0, 1, shapes, lambda size: 3))
     assert [names for _, _, names in batches] == [
         ('0', '2', '3'), ('6',), ('1', '4'), ('5',)]
     for image, label, names in batches:
@@ -122,7 +122,7 @@ def test_val_loader_puts_images_of_one_size_together(root):
             alone = data[int(name)]
             assert torch.equal(one, alone[0]) and torch.equal(other, alone[1])
     shared = [name for rank in range(2) for batch in dataset.val_loader(
-        data, rank, 2, batch=2) for name in batch[2]]
+        data, rank, 2, shapes, lambda size: size[0] - 3) for name in batch[2]]
     assert sorted(shared) == list('0123456')
 
 

@@ -67,7 +67,8 @@ def test_batches_of_images_to_score(tmp_path):
         add(root, name, np.ones((side, 6)), split='val')
     data = dataset.Segmentation('val', train=False)
     found = [[names for *_, names in loader] for loader in (
-        dataset.val_loader(data), dataset.val_loader(data, batch=2))]
+        dataset.val_loader(data),
+        dataset.val_loader(data, 0, 1, data.image_sizes(), lambda size: 2))]
     assert found == [[*map(tuple, 'abcd')], [('a', 'c'), ('b', 'd')]]
 
 
@@ -196,15 +197,15 @@ def test_sigterm_in_the_last_step_loses_nothing(short, monkeypatch, capsys):
 
 
 def test_the_random_state_of_a_gpu(monkeypatch):
-    """It is restored; on a machine without one the CPU's is."""
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    """It is restored; where none is used the CPU's is."""
+    monkeypatch.setattr(torch.cuda, 'is_initialized', lambda: False)
     cpu, gpu, found = torch.get_rng_state(), torch.ones(16), []
     monkeypatch.setattr(torch.cuda, 'get_rng_state', lambda: gpu)
     monkeypatch.setattr(torch.cuda, 'set_rng_state', found.append)
     assert len(run.random_state()) == 1
     run.set_random_state([cpu, gpu])
     assert not found
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'is_initialized', lambda: True)
     assert run.random_state()[1] is gpu
     run.set_random_state([cpu])
     run.set_random_state([cpu, gpu])

@@ -281,7 +281,6 @@ def test_rules_between_settings(name, value, parts):
     ({'STRIDE': 8}, 'CROP_SIZE', 1, ['=1 with STRIDE=8: at least 17']),
     ({'BALANCE_CLASSES': True}, 'CLASS_WEIGHTS', (1.0,) * 21,
      ['BALANCE_CLASSES=True']),
-    ({'RECOMPUTE': True}, 'COMPILE', True, ['RECOMPUTE=True']),
     ({'BATCH_SIZE': 1}, 'HEAD', 'deeplabv3', ['BATCH_SIZE=1', 'ACCUM=1']),
     ({'BATCH_SIZE': 3, 'ACCUM': 2}, 'HEAD', 'deeplabv3plus', ['ACCUM=2'])])
 def test_rules_of_training(others, name, value, parts):

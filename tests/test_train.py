@@ -220,27 +220,15 @@ def test_a_run_that_computes_blocks_again_is_the_same(small, monkeypatch):
     assert_equal_runs('b/latest.pth', want)
 
 
-def test_compile_takes_the_backbone(small, monkeypatch):
-    """Validation, of images of many sizes, does without."""
-    calls = []
-
-    def compile(net):
-        def forward(x, forward=net.forward):
-            calls.append(x.shape)
-            return forward(x)
-        net.forward = torch.compiler.disable(forward)
-    monkeypatch.setattr(network.ResNet, 'compile', compile)
+def test_torch_compile_needs_a_compiler(small, monkeypatch, capsys):
+    monkeypatch.setattr(utils.shutil, 'which', lambda name: None)
+    train.check_run(1)
     settings.COMPILE = True
-    net, *_ = train.build(torch.device('cpu'), is_new=True)
-    net(torch.zeros(2, 3, 33, 33))
-    assert calls == [(2, 3, 33, 33)]
-    settings.RECOMPUTE = True
-    with pytest.raises(settings.SettingError, match='do not go together'):
+    with pytest.raises(UserError, match=r'COMPILE=True: .* a C\+\+ compiler'):
         train.check_run(1)
-    settings.RECOMPUTE = False
-    monkeypatch.setattr(train.shutil, 'which', lambda name: None)
-    with pytest.raises(UserError, match=r'needs a C\+\+ compiler'):
-        train.check_run(1)
+    settings.INFERENCE = 'compiled'
+    with pytest.raises(UserError, match='INFERENCE=compiled: torch.compile'):
+        eval.prepare_network(heads.build_network())
 
 
 def test_it_learns(small, monkeypatch, toy):

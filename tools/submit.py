@@ -33,10 +33,13 @@ def submit(net):
     archive; raise UserError where an image is missing or unreadable."""
     data = Segmentation(settings.VAL_SPLIT, False, labelled=False)
     sizes = data.image_sizes()          # what can fail is tried before
+    size_of = dict(zip(data.ids, sizes))
     for preds, _, ids in eval.predictions(net, data):
         for pred, name in zip(preds.cpu().numpy(), ids, strict=True):
             with writing(mask_path(name)):      # sub/a has a folder, too
-                save_label(pred, mask_path(name), voc_palette())
+                height, width = size_of[name]
+                save_label(np.ascontiguousarray(pred[:height, :width]),
+                           mask_path(name), voc_palette())
     distributed.gather(None)            # until all processes are here
     if utils.rank() == 0:
         pack(data.ids, sizes)
