@@ -4,8 +4,10 @@ import resource
 import sys
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -21,6 +23,23 @@ class ActivationCounter(TorchDispatchMode):
             self.count += sum(
                 x.numel() for x in (out if isinstance(out, tuple) else [out])
                 if isinstance(x, torch.Tensor) and x.is_floating_point())
+        return out
+
+
+class TrafficCounter(TorchDispatchMode):
+    """Count the operators that compute (views and allocations do not) and the
+    bytes of their inputs and outputs, each once an operator."""
+
+    operators = bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.namespace == 'aten' and not func.is_view and not any(
+                word in func.__name__ for word in ('empty', 'view')):
+            self.operators += 1
+            self.bytes += sum(x.numel() * x.element_size() for x in
+                              tree_leaves((args, kwargs, out))
+                              if isinstance(x, torch.Tensor))
         return out
 
 
@@ -57,6 +76,49 @@ def saved_tensors(forward):
         result = forward()          # whose graph holds them
     del result
     return list(saved.values())
+
+
+def saved_bytes(net, forward):
+    """Return the bytes that forward() keeps for the backward pass, the net's
+    parameters left out."""
+    own = {p.untyped_storage()._cdata for p in net.parameters()}
+    return sum(storage.nbytes() for storage in (
+        x.untyped_storage() for x in saved_tensors(forward))
+        if storage._cdata not in own)
+
+
+def training_cost(build, loss, shape, amp=None):
+    """Count what the forward and the backward pass of a step cost, nothing
+    allocated: on fake CPU tensors, which are meta tensors that autocast takes
+    for the CPU's. Attention is counted with its map.
+
+    Args:
+        build: function that returns the network.
+        loss: of (logits, label), as train.segmentation_loss.
+        shape: of the images, (b, 3, H, W).
+        amp: type of autocast, None for float32.
+    Returns: dict(flop, saved, operators, traffic): FLOP of convolutions and
+    matrix products; bytes kept for the backward pass, parameters left out;
+    operators that compute; bytes that they read and write.
+    """
+    def forward():
+        with torch.autocast('cpu', amp, enabled=amp is not None):
+            logits = net(image)
+        losses.append(loss(logits, label))
+    with FakeTensorMode():
+        net, losses = build().train(), []
+        for p in net.parameters():
+            if p.ndim == 4:
+                p.data = p.data.contiguous(memory_format=torch.channels_last)
+        image = torch.empty(shape).contiguous(
+            memory_format=torch.channels_last)
+        label = torch.empty(shape[0], *shape[2:], dtype=torch.uint8)
+        with (sdpa_kernel(SDPBackend.MATH), TrafficCounter() as traffic,
+              FlopCounterMode(display=False) as flops):
+            saved = saved_bytes(net, forward)
+            losses[0].backward()
+    return {'flop': flops.get_total_flops(), 'saved': saved,
+            'operators': traffic.operators, 'traffic': traffic.bytes}
 
 
 def step_memory(net, loss, shape):

@@ -1,11 +1,13 @@
 """What the heads cost: Table 1 of the paper, counted; time, memory, measured.
 
     python -m tools.complexity [KEY=VALUE ...]
+    python -m tools.complexity --training [KEY=VALUE ...]
     python -m tools.complexity --measure [KEY=VALUE ...]
 
-Counts on the meta device, where nothing is allocated, take seconds. --measure
-runs each head in a process of its own, at CROP_SIZE and BATCH_SIZE. Prints a
-Markdown table; writes nothing.
+Counts on the meta device, where nothing is allocated, take seconds; those of a
+training step (--training), at CROP_SIZE and BATCH_SIZE, a minute. --measure
+runs each head in a process of its own, at these too. Prints a Markdown table;
+writes nothing.
 """
 import argparse
 import subprocess
@@ -19,7 +21,7 @@ import heads
 import network
 import settings
 import train
-from lib.cost import complexity, peak_memory
+from lib.cost import complexity, peak_memory, training_cost
 from tools.measure import Stopwatch, markdown_table
 from utils import RunError, make_parser, run_main
 
@@ -39,6 +41,9 @@ ROWS = {'ResNet': ({'HEAD': 'fcn'}, (190.6, 2603.0, 42.6)),
 COUNTS = ('Table 1: MACs (G)', 'memory (M)', 'params (M)',
           "paper's conventions: MACs (G)", 'params (M)', 'as built: MACs (G)',
           'params (M)', 'activations (M)')
+TRAINING = ('GFLOP', 'saved, float32, GB', 'saved, bf16, GB',
+            'traffic, float32, GB', 'traffic, bf16, GB',
+            'operators, float32', 'operators, bf16')
 MEASURES = ('inference, s', 'its peak, GiB', 'training step, s',
             'its peak, GiB')
 
@@ -108,6 +113,30 @@ def describe_network():
             f'{s.CROP_SIZE} x {s.CROP_SIZE} pixels')
 
 
+def count_training(row, amp):
+    """Return training_cost's dict of a row's network at BATCH_SIZE and
+    CROP_SIZE; amp: autocast's type, None for float32."""
+    s = settings
+    vars(s).update(ROWS[row][0])
+    return training_cost(
+        heads.build_network, train.segmentation_loss,
+        (s.BATCH_SIZE, 3, s.CROP_SIZE, s.CROP_SIZE), amp)
+
+
+def print_training():
+    """Print what a training step costs an image, operators but a step."""
+    b, rows = settings.BATCH_SIZE, []
+    print(f'{describe_network()}, a step of {b} images; FLOP and bytes are '
+          f'those of one image. torch {torch.__version__}.\n')
+    for row in ROWS:
+        costs = [count_training(row, amp) for amp in (None, torch.bfloat16)]
+        rows.append([row, f'{costs[0]["flop"] / b / 1e9:.1f}', *(
+            format(cost[key] / unit, form) for key, unit, form in (
+                ('saved', b * 1e9, '.3f'), ('traffic', b * 1e9, '.2f'),
+                ('operators', 1, ',.0f')) for cost in costs)])
+    print(markdown_table(['head', *TRAINING], rows))
+
+
 # ------------------------------------------------- measured
 def pick_device():
     """Return the GPU, else the CPU."""
@@ -169,6 +198,8 @@ def print_measures(words):
 def main():
     """Count, or measure, by the command line."""
     parser = make_parser(__doc__, settings.describe())
+    parser.add_argument('--training', action='store_true',
+                        help='what a training step costs')
     parser.add_argument('--measure', action='store_true',
                         help='memory and time instead of counts')
     parser.add_argument('--measure-one', action='store_true',
@@ -180,6 +211,8 @@ def main():
         measure_one()
     elif args.measure:
         print_measures(words)
+    elif args.training:
+        print_training()
     else:
         print_counts()
 
