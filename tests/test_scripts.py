@@ -18,12 +18,14 @@ import time
 import urllib.request
 
 import pytest
+import torch
 from tensorboardX import SummaryWriter
 
 from conftest import REPO, SMALL, refused, run_tool, words
 from lib import checkpoint, experiments
 from project import copy_project
 from tools import bench, compare_heads
+from tools.measure import Stopwatch
 
 SCRIPTS = ['.ci/run'] + sorted(
     os.path.relpath(path, REPO) for folder in ('', 'recipes')
@@ -366,6 +368,20 @@ def test_the_benchmark_prints_its_tables(tmp_path):
     ours = re.findall(r'^\| ours.*?\| +([\d.]+) +\|', done.stdout, re.M)
     assert len(ours) == 2 and all(float(milliseconds) > 0
                                   for milliseconds in ours)
+
+
+def test_the_benchmark_trains_from_files(small, capsys):
+    """The step alone, in each way, and with the loader; each row beside the
+    peak of its own arithmetic."""
+    watch = Stopwatch(torch.device('cpu'), 1)
+    bench.race_steps(watch, 1e9)
+    bench.race_end_to_end(watch, 1e9)
+    out = capsys.readouterr().out
+    for name in ('plain', 'ours, float32', 'ours, float32 RECOMPUTE',
+                 'the step alone', 'files to updated weights'):
+        assert re.search(rf'^\| {name} +(\| [\d. ]+){{4}}\| float32 +\| '
+                         r'[\d.]+% +\|$', out, re.M), name
+    assert 'limit, float32: ' in out and '; AMP=auto, 0 loader' in out
 
 
 @pytest.mark.parametrize('tool, arguments, message', (

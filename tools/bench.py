@@ -12,12 +12,11 @@ photographs of 500 x 375. --checkpoint tells on how many pixels of that split
 the fast ways of inference agree with the plain one.
 """
 import importlib.util
+import itertools
 import os
-import platform
 import sys
 import tempfile
 
-import cv2
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -29,10 +28,22 @@ import network
 import settings
 import train
 import utils
-from lib.cost import complexity, saved_tensors
+from lib import distributed
+from lib.cost import saved_tensors
 from tools.bench_conversion import conversion
 from tools.bench_loader import loader, write_photographs
-from tools.measure import Stopwatch, has_bfloat16, markdown_table
+from tools.measure import (
+    Stopwatch,
+    conv_arithmetic,
+    count_flop,
+    describe_machine,
+    has_bfloat16,
+    make_step,
+    markdown_table,
+    peak_bytes,
+    random_batch,
+    steps_per_read,
+)
 from utils import UserError, run_main
 
 INFERENCES = settings.choices('INFERENCE')
@@ -45,21 +56,14 @@ def build_network(**changes):
     return heads.build_network()
 
 
-def count_flop(size):
-    """Return the FLOP of a forward pass of the settings' network."""
-    with torch.device('meta'):
-        return 2 * complexity(heads.build_network(), (size, size))['macs']
-
-
-def print_limits(watch, flop):
-    """Print how fast the peak of convolutions could be."""
-    for dtype in (torch.float32, torch.bfloat16):
-        if dtype is torch.float32 or has_bfloat16(watch.device):
-            print(f'limit, {str(dtype)[6:]}: {flop / watch.peak(dtype)[0]:.4f}'
-                  f' s an image at the peak of convolutions')
+def print_limits(watch, flop, kinds):
+    """Print how fast the peak of convolutions could be in each arithmetic of
+    a table, kinds: those of its rows."""
+    for kind in dict.fromkeys(kinds):
+        print(f'limit, {kind}: {flop / watch.peak(kind)[0]:.4f} s an image at '
+              f'the peak of convolutions')
     if not has_bfloat16(watch.device):
-        print('bfloat16: not run, this processor has neither AVX512-BF16 nor '
-              'AMX')
+        print('bfloat16: not run, this device has no instructions for it')
 
 
 # ------------------------------------------------- inference
@@ -76,16 +80,20 @@ def inference(watch):
                "torchvision's deeplabv3_resnet101":
                    lambda: peer(image)['out'].max(1).indices}
     fast = image.contiguous(memory_format=torch.channels_last)
-    for settings.INFERENCE in ('folded', 'bf16'):
-        if settings.INFERENCE == 'bf16' and not has_bfloat16(watch.device):
+    kinds = dict.fromkeys(runners, conv_arithmetic(watch.device))
+    for settings.INFERENCE in INFERENCES[1:]:
+        is_bf16 = settings.INFERENCE == 'bf16'
+        if is_bf16 and not has_bfloat16(watch.device):
             continue
-        run = eval.prepare_network(net)
-        runners[f'ours, INFERENCE={settings.INFERENCE}'] = (
-            lambda run=run: run(fast).max(1).indices)
+        name, run = (f'ours, INFERENCE={settings.INFERENCE}',
+                     eval.prepare_network(net))
+        runners[name] = lambda run=run: run(fast).max(1).indices
+        kinds[name] = conv_arithmetic(watch.device,
+                                      torch.bfloat16 if is_bf16 else None)
     with torch.no_grad():
         watch.race(f'inference: EMANet-101, 513 x 513, batch {batch}; per '
-                   f'image', runners, 's', batch, flop)
-    print_limits(watch, flop)
+                   f'image', runners, 's', batch, flop=flop, arithmetic=kinds)
+    print_limits(watch, flop, kinds.values())
 
 
 @torch.no_grad()
@@ -114,10 +122,13 @@ def print_agreement(device, path):
 
 
 # ------------------------------------------------- training
-def plain_step(net, optimizer, image, label):
+def plain_step(net, optimizer, batch):
     """Return a step as one would write it down."""
+    image, label, _ = batch
+
     def run():
-        loss = F.cross_entropy(net(image), label.long(), ignore_index=255,
+        loss = F.cross_entropy(net(dataset.normalise(image, image.device)),
+                               label.long(), ignore_index=255,
                                reduction='none').mean()
         loss.backward()
         optimizer.step()
@@ -126,47 +137,22 @@ def plain_step(net, optimizer, image, label):
     return run
 
 
-def our_step(net, optimizer, scaler, image, label):
-    """Return a step as train.py has it, reading its metrics included."""
-    device, pending = image.device, []
-    amp = train.amp_dtype(device)
-    read_every = 1 if device.type == 'cpu' else 10
-
-    def run():
-        with torch.autocast(device.type, amp, enabled=amp is not None):
-            logits = net(image)
-        loss = train.segmentation_loss(logits, label)
-        scaler.scale(loss).backward()
-        pending.append((0, [], 0.0, train.step_metrics(
-            net, loss.detach(), optimizer, scaler)))
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        if len(pending) == read_every:
-            train.read_metrics(pending, False)
-    return run
-
-
 def training(watch):
     """A step: EMANet-50 at stride 16 with a batch of 4 on a CPU, the paper's
-    recipe on a GPU."""
+    recipe on a GPU; then with the loader."""
     is_gpu = watch.device.type == 'cuda'
     layers, stride, batch = (101, 8, 16) if is_gpu else (50, 16, 4)
     vars(settings).update(N_LAYERS=layers, STRIDE=stride, STEM='deep',
-                          PRETRAINED='', BATCH_SIZE=batch)
+                          PRETRAINED='', BATCH_SIZE=batch, LR=1e-3)
     for settings.CROP_SIZE in (513,) if is_gpu else (129, 257):
-        race_steps(watch, settings.CROP_SIZE, batch)
+        flop = 3 * count_flop(settings.CROP_SIZE)
+        race_steps(watch, flop)
+        race_end_to_end(watch, flop)
 
 
-def race_steps(watch, crop, batch):
-    """Time plain steps and ours, in every way that the device has."""
-    device, flop = watch.device, 3 * count_flop(crop)
-    image = torch.randn(batch, 3, crop, crop, device=device)
-    label = torch.randint(0, 21, (batch, crop, crop), dtype=torch.uint8,
-                          device=device)
-    net, memory = build_network().to(device).train(), {}
-    runners = {'plain': plain_step(net, torch.optim.SGD(
-        train.param_groups(net), 1e-3, 0.9), image, label)}
+def training_ways(device):
+    """Set the settings of each way of training that the device has; yield
+    (its name, the type of its convolutions or None)."""
     for settings.AMP in ('off', 'bf16'):
         amp = train.amp_dtype(device)
         if amp and not has_bfloat16(device):
@@ -175,27 +161,69 @@ def race_steps(watch, crop, batch):
                 device.type == 'cuda')]:
             vars(settings).update(RECOMPUTE=switch == 'RECOMPUTE',
                                   COMPILE=switch == 'COMPILE')
-            name = f'ours, {"bf16" if amp else "float32"} {switch}'.strip()
-            held = torch.cuda.memory_allocated()        # 0 without a GPU
-            net, optimizer, scaler, _ = train.build(device, is_new=True)
-            train.set_train_mode(net)
-            runners[name] = our_step(
-                net, optimizer, scaler, image.contiguous(
-                    memory_format=train.memory_format(device)), label)
-            if device.type == 'cuda':
-                torch.cuda.reset_peak_memory_stats()
-                runners[name]()
-                memory[name] = torch.cuda.max_memory_allocated() - held
-    seconds = watch.race(
-        f'training step: EMANet-{settings.N_LAYERS}, stride '
-        f'{settings.STRIDE}, crop {crop}, batch {batch}; per image', runners,
-        's', batch, flop)
-    print_limits(watch, flop)
+            yield f'ours, {"bf16" if amp else "float32"} {switch}'.strip(), amp
+
+
+def race_steps(watch, flop):
+    """Time plain steps and ours, in every way that the device has. flop: of
+    an image in a step."""
+    device, batch, before = watch.device, settings.BATCH_SIZE, (
+        settings.as_dict())
+    fixed, memory = random_batch(device), {}
+    net = build_network().to(device).train()
+    runners = {'plain': plain_step(net, torch.optim.SGD(
+        train.param_groups(net), 1e-3, 0.9), fixed)}
+    kinds = {'plain': conv_arithmetic(device)}
+    for name, amp in training_ways(device):
+        held = torch.cuda.memory_allocated()            # 0 without a GPU
+        runners[name] = make_step(train.build(device, is_new=True),
+                                  itertools.repeat(fixed), device)
+        kinds[name] = conv_arithmetic(device, amp)
+        for _ in range(2):          # cuDNN's search, momentum, compilation
+            runners[name]()
+        peak = peak_bytes(runners[name], device)
+        if peak is not None:
+            memory[name] = peak - held
+    vars(settings).update(before)
+    seconds = watch.race(describe_step(), runners, 's', batch, flop=flop,
+                         arithmetic=kinds)
+    print_limits(watch, flop, kinds.values())
     for name, used in memory.items():
-        dtype = torch.bfloat16 if 'bf16' in name else torch.float32
-        share = flop / seconds[name] / watch.peak(dtype)[1]
-        print(f'{name}: {1 / seconds[name]:.1f} images/s, {100 * share:.0f}% '
-              f'of the matrix peak, {used / 1e9:.1f} GB at most')
+        print(f'{name}: {1 / seconds[name]:.1f} images/s, {used / 1e9:.1f} '
+              f'GB of tensors at most')
+
+
+def describe_step():
+    s = settings
+    return (f'training step: EMANet-{s.N_LAYERS}, stride {s.STRIDE}, crop '
+            f'{s.CROP_SIZE}, batch {s.BATCH_SIZE}; per image')
+
+
+def race_end_to_end(watch, flop):
+    """Time train.py's step on one batch, and with its loader, from files to
+    updated weights. Not in turn: the loader would read ahead meanwhile; what
+    it has read ahead at the start is used up untimed."""
+    s, device = settings, watch.device
+    data = dataset.Segmentation(s.VAL_SPLIT, train=True)
+    data.ids *= -(-s.BATCH_SIZE // len(data.ids))       # a batch at least
+    built, seconds = train.build(device, is_new=True), {}
+    count = steps_per_read(device)
+
+    def time_steps(batches):
+        step = make_step(built, batches, device)
+        for _ in range(2 * distributed.count_workers() + 1):
+            step()
+        return [watch.time(lambda: [step() for _ in range(count)])
+                / count / s.BATCH_SIZE for _ in range(watch.rounds)]
+    seconds['the step alone'] = time_steps(
+        itertools.repeat(random_batch(device)))
+    seconds['files to updated weights'] = time_steps(dataset.to_device(
+        dataset.train_loader(data), device))
+    kind = conv_arithmetic(device, train.amp_dtype(device))
+    watch.print_times(
+        f'{describe_step()}; AMP={s.AMP}, '
+        f'{distributed.count_workers()} loader processes', seconds, 's', flop,
+        dict.fromkeys(seconds, kind))
 
 
 # ------------------------------------------------- memory
@@ -292,9 +320,10 @@ def score_val(watch):
     net.to(watch.device)
     settings.NUM_WORKERS = os.cpu_count() - 1
     with tempfile.TemporaryDirectory() as root:
-        write_photographs(root, 63, 23)
-        vars(settings).update(DATA_ROOT=root, VAL_SPLIT='val')
+        write_photographs(root, 63)
+        settings.DATA_ROOT = root
         data = dataset.Segmentation('val', False)
+        data.ids *= 23
         for settings.INFERENCE in INFERENCES:
             seconds = watch.time(lambda: eval.evaluate(net, data))
             print(f'{len(data)} images of val, EMANet-101, INFERENCE='
@@ -324,17 +353,6 @@ def parse_arguments():
                         f'GPU; leave it out')
     settings.validate()
     return args
-
-
-def describe_machine(device):
-    """Return what the figures depend on, in words."""
-    name = (torch.cuda.get_device_name() if device.type == 'cuda'
-            else platform.processor() or platform.machine())
-    return (f'{name}, {os.cpu_count()} cores, {torch.get_num_threads()} '
-            f'threads, {torch.backends.cpu.get_cpu_capability()}\n'
-            f'python {platform.python_version()}, torch {torch.__version__}, '
-            f'torchvision {torchvision.__version__}, OpenCV '
-            f'{cv2.__version__}, commit {utils.git_hash()}')
 
 
 def main():

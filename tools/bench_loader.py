@@ -17,22 +17,23 @@ from tools.measure import Stopwatch
 
 
 # ------------------------------------------------- photographs
-def write_photographs(root, count=16, copies=1):
+def write_photographs(root, count=16, side=500):
     """Write generated photographs, of VOC's sizes and about its bytes, with
-    labels; the list val names each of them `copies` times."""
+    labels, and the list val of them; side: the longer one, pixels."""
     for folder in ('JPEGImages', dataset.LABELS, dataset.LISTS):
         os.makedirs(os.path.join(root, folder))
     rng, ids = np.random.default_rng(0), [f'photo_{i:04}'
                                           for i in range(count)]
     for i, name in enumerate(ids):
         size = ((375, 500), (375, 500), (500, 375), (333, 500))[i % 4]
-        image, label = generate_photograph(rng, *size)
+        image, label = generate_photograph(rng, *(
+            x * side // 500 for x in size))
         cv2.imwrite(f'{root}/JPEGImages/{name}.jpg', image,
                     [cv2.IMWRITE_JPEG_QUALITY, 92])
         save_label(label, f'{root}/{dataset.LABELS}/{name}.png',
                    voc_palette())
     with open(f'{root}/{dataset.LISTS}/val.txt', 'w') as file:
-        file.write('\n'.join(ids * copies))
+        file.write('\n'.join(ids))
 
 
 def generate_photograph(rng, h, w):
