@@ -134,10 +134,7 @@ def step_memory(net, loss, shape):
     label = torch.empty(shape[0], *shape[2:], dtype=torch.uint8,
                         device='meta')
     net.train()
-    own = {p.untyped_storage()._cdata for p in net.parameters()}
-    kept = sum(storage.nbytes() for storage in (
-        x.untyped_storage() for x in saved_tensors(
-            lambda: loss(net(image), label))) if storage._cdata not in own)
+    kept = saved_bytes(net, lambda: loss(net(image), label))
     return kept + 12 * sum(p.numel() for p in net.parameters())
 
 
