@@ -82,8 +82,8 @@ def float64():
     torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize('first, then', (('last', 'contiguous'),
-                                         ('contiguous', 'last')))
+@pytest.mark.parametrize('first, then', (('last', 'contiguous'), pytest.param(
+    'contiguous', 'last', marks=pytest.mark.long)))
 def test_a_run_resumes_on_another_kind_of_device(small, monkeypatch, float64,
                                                  first, then):
     """Momentum is laid out as the weights are there: in torch's fused step
