@@ -139,20 +139,20 @@ def test_batch_norm_over_processes_is_ours_on_a_gpu_too():
 
 
 COMPILED = '''
-import os, sys, torch, torch._dynamo
+import os, sys, torch
 sys.path.insert(0, sys.argv[1])
 import heads, settings, train, utils
 from lib import distributed
 vars(settings).update(N_CLASSES=6, N_LAYERS=18, STEM='plain', PRETRAINED='',
                       STRIDE=16, EM_CHANNELS=32, EM_BASES=8, DROPOUT=0.0)
 device = distributed.join([torch.device('cpu')] * 2)
-results, frames = [], []
-def count(graph, inputs):
-    frames.append(1)
-    return torch._dynamo.lookup_backend('aot_eager')(graph, inputs)
-for compute in (train.forward_loss, torch.compile(
-        train.forward_loss, backend=count, fullgraph=True)):
+results = []
+for way in ('eager', 'network', 'step'):
     net, optimizer, _, _ = train.build(device, is_new=True)
+    if way == 'network':
+        net.compile(backend='aot_eager', fullgraph=True)
+    compute = train.forward_loss if way != 'step' else torch.compile(
+        train.forward_loss, backend='aot_eager')
     model, found = distributed.wrap_ddp(net), []
     for step in range(3):
         torch.manual_seed(10 * step + utils.rank())
@@ -165,15 +165,15 @@ for compute in (train.forward_loss, torch.compile(
         optimizer.zero_grad()
     results.append(torch.stack(found + [b.double().norm().float()
                                         for b in net.buffers()]))
-torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
-assert len(frames) >= 1
+    torch.testing.assert_close(results[-1], results[0], rtol=1e-3, atol=1e-4)
 '''
 
 
 @pytest.mark.long
 def test_two_processes_compile_without_a_break(tmp_path):
-    """The network under DDP, its batch norm and its bases over both
-    processes, and the loss; three steps equal eager ones."""
+    """The network, its batch norm and its bases over both processes, is one
+    graph; the step, as train.py compiles it, breaks only where DDP prepares
+    itself. Three steps equal eager ones."""
     done = subprocess.run(
         [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node=2',
          '--standalone', '--no-python', sys.executable, '-c', COMPILED, REPO],

@@ -106,7 +106,9 @@ def gradient(checkpoint, by_tensor):
 
 @pytest.mark.parametrize('dtype, steps, changes', (
     ('float64', 3, {'ITER_VAL': 3, 'AVERAGE': 0.5, 'EVAL_SCALES': 0.5}),
-    pytest.param('float32', 1, {'VAL_SPLIT': ''}, marks=pytest.mark.long)))
+    # a seed by which no ReLU's input is 0 to rounding: that may be on or off
+    pytest.param('float32', 1, {'VAL_SPLIT': '', 'SEED': 1},
+                 marks=pytest.mark.long)))
 def test_two_processes_equal_one(small, dtype, steps, changes):
     """Loss, gradients (as momentum), weights, bases, BN's buffers."""
     one, a = train_in('one', 1, dtype, ITER_MAX=steps, **changes)
