@@ -79,6 +79,27 @@ def read_ids(root, split):
 
 
 # ------------------------------------------------- samples
+def jitter_colours(image, strength, random):
+    """Return an image (H, W, 3) uint8 whose brightness, contrast, saturation
+    and hue are changed at random, in this order.
+
+    strength: factors are drawn from 1 -+ strength, the shift of the hue from
+        -+ strength / 4, of a turn of 1.
+    """
+    bright, contrast, saturation = random.uniform(1 - strength, 1 + strength,
+                                                  3)
+    shift = round(180 * random.uniform(-strength, strength) / 4)
+    image = cv2.convertScaleAbs(image, alpha=bright)
+    mean = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).mean()
+    image = cv2.addWeighted(image, contrast, image, 0, (1 - contrast) * mean)
+    grey = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY),
+                        cv2.COLOR_GRAY2RGB)
+    image = cv2.addWeighted(image, saturation, grey, 1 - saturation, 0)
+    hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)        # its hue is 0..179
+    hsv[..., 0] = (hsv[..., 0].astype(np.int16) + shift) % 180
+    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+
+
 class Segmentation(Dataset):
     """One split; items are (image uint8 (3, H, W), label uint8 (H, W), ID).
 
@@ -99,6 +120,7 @@ class Segmentation(Dataset):
         self.n_classes, self.ignore = s.N_CLASSES, s.IGNORE_LABEL
         self.crop, self.scales, self.seed = s.CROP_SIZE, s.SCALES, s.SEED
         self.fill = [round(255 * x) for x in s.MEAN]
+        self.jitter = s.COLOR_JITTER
         self.memory = None      # or (pixels of all items, starts, sizes)
         self.counts = None      # or the pixels of each label value
         self.ids = read_ids(self.root, split)
@@ -178,6 +200,8 @@ class Segmentation(Dataset):
         if random.random() < 0.5:
             image, label = cv2.flip(image, 1), cv2.flip(label, 1)
             sides.reverse()
+        if self.jitter:
+            image = jitter_colours(image, self.jitter, random)
         if down or any(sides):
             image = cv2.copyMakeBorder(image, 0, down, *sides,
                                        cv2.BORDER_CONSTANT, value=self.fill)

@@ -375,9 +375,11 @@ def score(net, data, names):
     it."""
     confusion = evaluate(net, data)
     result = utils.scores(confusion, settings.EVAL_CLASSES)
-    classes = dict(zip(names, result.pop('IoU')))
+    classes = {name: dict(zip(names, result.pop(name)))
+               for name in utils.PER_CLASS}
     log_scores(classes, result)
-    return {**result, 'classes': classes, 'confusion': confusion.tolist()}
+    return {**result, 'classes': classes.pop('IoU'), **classes,
+            'confusion': confusion.tolist()}
 
 
 def report(net, checkpoint, path, digest):

@@ -17,6 +17,8 @@ IGNORE_LABEL = 255           # label value of void pixels: no loss, no score
 MEAN = (0.485, 0.456, 0.406)  # of R, G, B in 0..1, subtracted
 STD = (0.229, 0.224, 0.225)  # of R, G, B in 0..1, divided by
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)  # training scales, one drawn
+COLOR_JITTER = 0.0           # brightness, contrast and saturation by factors
+#                              of 1 -+ this, hue by a quarter of it; 0: off
 CROP_SIZE = 513              # side of the crop, pixels; k * STRIDE + 1
 NUM_WORKERS = 4              # loader processes, for each training process
 CACHE = False                # True: decode a small set once, into memory
@@ -50,10 +52,16 @@ BATCH_SIZE = 16              # images a step, over all processes
 ACCUM = 1                    # micro-batches a step (gradient accumulation)
 ITER_MAX = 30000             # steps
 LR = 9e-3                    # learning rate at the start; of biases twice that
-LR_MOM = 0.9                 # momentum of SGD
-LR_DECAY = 10                # steps between changes of the learning rate
-POLY_POWER = 0.9             # LR * (1 - step / ITER_MAX) ** POLY_POWER
+OPTIMIZER = 'sgd'            # or 'adamw', whose biases have the plain LR
+LR_MOM = 0.9                 # momentum of SGD; the first beta of AdamW
+SCHEDULE = 'poly'            # of the learning rate: 'poly', 'cosine' to 0
+LR_DECAY = 10                # poly: steps between changes of the learning rate
+POLY_POWER = 0.9             # poly: LR * (1 - step / ITER_MAX) ** POLY_POWER
+WARMUP = 0                   # steps in which the learning rate rises linearly
+BACKBONE_LR = 1.0            # factor of the learning rate of the backbone
+CLIP_GRAD = 0.0              # largest norm of a step's gradient; 0: any
 WEIGHT_DECAY = 1e-4          # of convolution weights; of nothing else
+LABEL_SMOOTHING = 0.0        # share of the label that all classes divide
 LOSS = 'cross_entropy'       # or 'ohem', of an image's hard pixels alone
 OHEM_THRESHOLD = 0.7         # hard: the label's class is less probable, or
 OHEM_MIN_KEPT = 0.0625       # the pixel is of the hardest, this share of all
@@ -106,6 +114,7 @@ _TABLE = {
     'MEAN': (tuple[float], '0 to 1', 'network'),
     'STD': (tuple[float], '0.001 to 1', 'network'),
     'SCALES': (tuple[float], '0.05 to 16', 'run'),
+    'COLOR_JITTER': (float, '0 to 1', 'run'),
     'CROP_SIZE': (int, '1 to 8,193', 'network'),        # PSA's masks are sized
     'NUM_WORKERS': (int, '0 to 1,024', 'machine'),
     'CACHE': (bool, None, 'machine'),
@@ -131,10 +140,16 @@ _TABLE = {
     'ACCUM': (int, '1 to 65,536', 'run'),
     'ITER_MAX': (int, '1 to 100,000,000', 'run'),
     'LR': (float, '0 to 1,000,000', 'run'),
+    'OPTIMIZER': (str, ('sgd', 'adamw'), 'run'),
     'LR_MOM': (float, '0 to 0.9999', 'run'),
+    'SCHEDULE': (str, ('poly', 'cosine'), 'run'),
     'LR_DECAY': (int, '1 to 100,000,000', 'run'),
     'POLY_POWER': (float, '0 to 100', 'run'),
+    'WARMUP': (int, '0 to 100,000,000', 'run'),
+    'BACKBONE_LR': (float, '0 to 100', 'run'),
+    'CLIP_GRAD': (float, '0 to 1,000,000', 'run'),
     'WEIGHT_DECAY': (float, '0 to 1', 'run'),
+    'LABEL_SMOOTHING': (float, '0 to 0.99', 'run'),
     'LOSS': (str, ('cross_entropy', 'ohem'), 'run'),
     'OHEM_THRESHOLD': (float, '0.0001 to 1', 'run'),
     'OHEM_MIN_KEPT': (float, '0.0001 to 1', 'run'),
@@ -362,6 +377,8 @@ def _rules(for_training):
         yield (CROP_SIZE > 2 * STRIDE,
                f'CROP_SIZE={CROP_SIZE} with STRIDE={STRIDE}: at least '
                f'{2 * STRIDE + 1}, for a grid of 3 x 3')
+        yield (WARMUP < ITER_MAX, f'WARMUP={WARMUP}: it ends before '
+               f'ITER_MAX={ITER_MAX}')
         yield (not CLASS_WEIGHTS or len(CLASS_WEIGHTS) == n and any(
             CLASS_WEIGHTS), f'CLASS_WEIGHTS={CLASS_WEIGHTS}: it is (), or {n} '
             f'numbers that are not all 0 (N_CLASSES={n})')

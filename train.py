@@ -33,6 +33,7 @@ import utils
 from lib import checkpoint, distributed, run, visualize
 from lib.images import read_classes
 from lib.logger import Logger
+from lib.optimizer import build_optimizer, param_groups, set_learning_rate
 from lib.pretrained import load_initial_weights
 from utils import UserError
 
@@ -54,7 +55,8 @@ def segmentation_loss(logits, label, weight=None):
     """
     label = label.long()
     loss = F.cross_entropy(network.to_float32(logits), label, reduction='none',
-                           ignore_index=settings.IGNORE_LABEL)  # (b, H, W)
+                           ignore_index=settings.IGNORE_LABEL,
+                           label_smoothing=settings.LABEL_SMOOTHING)
     hard = hard_pixels(loss, label) if settings.LOSS == 'ohem' else None
     if weight is not None:
         loss = loss * weight[label.clamp(max=len(weight) - 1)]
@@ -98,38 +100,6 @@ def class_weights(data, device):
         utils.log('class weights: ' + ' '.join(
             f'{x:.3g}' for x in weight.tolist()))
     return weight.to(device) if len(weight) else None
-
-
-# ------------------------------------------------- optimizer
-def param_groups(net):
-    """Return SGD's three groups: weights of convolutions (decayed), the
-    weights of batch norm and learned bases, and all biases (twice the
-    learning rate). Frozen parameters are in none. 'lr_factor' multiplies the
-    learning rate."""
-    weights, biases, others = [], [], []
-    for module in net.modules():
-        for name, param in module.named_parameters(recurse=False):
-            if not param.requires_grad:
-                continue
-            if name.endswith('bias'):
-                biases.append(param)
-            elif name.endswith('weight') and param.ndim > 1:
-                weights.append(param)
-            else:
-                others.append(param)
-    return [{'params': weights, 'weight_decay': settings.WEIGHT_DECAY,
-             'lr_factor': 1},
-            {'params': others, 'weight_decay': 0.0, 'lr_factor': 1},
-            {'params': biases, 'weight_decay': 0.0, 'lr_factor': 2}]
-
-
-def set_learning_rate(optimizer, step):
-    """Set the learning rate of a step, counted from 1, and return it."""
-    lr = utils.poly_lr(step, settings.LR, settings.ITER_MAX,
-                       settings.POLY_POWER, settings.LR_DECAY)
-    for group in optimizer.param_groups:
-        group['lr'] = lr * group['lr_factor']
-    return lr
 
 
 # ------------------------------------------------- one step
@@ -183,10 +153,12 @@ def backward(model, batches, scaler, device, weight):
 
 def step_metrics(net, loss, optimizer, scaler):
     """Return {name: scalar on the device} of a step: its loss, the norm of
-    its gradient, what an EMA unit recorded."""
+    its gradient, which CLIP_GRAD then limits, what an EMA unit recorded."""
     scaler.unscale_(optimizer)
-    norm = torch.nn.utils.get_total_norm(
-        param.grad for param in net.parameters() if param.grad is not None)
+    params = [p for p in net.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(p.grad for p in params)
+    if settings.CLIP_GRAD:
+        torch.nn.utils.clip_grads_with_norm_(params, settings.CLIP_GRAD, norm)
     return {'loss': loss, 'grad_norm': norm, **{
         f'EM/{name}': value for unit in network.ema_units(net)
         for name, value in unit.metrics.items()}}
@@ -279,8 +251,7 @@ def build(device, is_new):
     if utils.world() > 1:
         net = distributed.sync_batch_norm(net)
     net.extractor.recompute = s.RECOMPUTE
-    optimizer = torch.optim.SGD(param_groups(net), s.LR, s.LR_MOM, fused=True)
-    run.prepare_momentum(optimizer)
+    optimizer = build_optimizer(param_groups(net))
     scaler = torch.amp.GradScaler(
         device.type, enabled=amp_dtype(device) is torch.float16)
     average = copy.deepcopy(net, {id(each): each for each in net.buffers()}
@@ -317,8 +288,10 @@ def validate(nets, data, step, logger):
             scores = utils.scores(confusions[-1], settings.EVAL_CLASSES)
             metrics[metric] = scores['mIoU']
             metrics.update({
-                f'{metric.replace("val_m", "")}/{name}': iou
-                for name, iou in zip(names, scores['IoU']) if iou is not None})
+                f'{metric.replace("val_mIoU", key)}/{name}': value
+                for key in utils.PER_CLASS
+                for name, value in zip(names, scores[key])
+                if value is not None})
             utils.log(f'step {step}: {metric.replace("_", " ")} '
                       f'{100 * scores["mIoU"]:.2f} %')
         net = nets['val_mIoU']

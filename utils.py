@@ -367,6 +367,9 @@ def without_search():
 
 
 # ------------------------------------------------- scores, learning rate
+PER_CLASS = 'IoU', 'precision', 'recall', 'F1'
+
+
 def confusion_matrix(pred, label, n_classes, ignore_label):
     """Count pixels by class: rows are labels, columns predictions.
 
@@ -385,27 +388,34 @@ def confusion_matrix(pred, label, n_classes, ignore_label):
 
 
 def scores(confusion, classes=()):
-    """Return dict(mIoU, pAcc, mAcc, fIoU, IoU), all 0..1.
+    """Return dict(mIoU, mAcc, pAcc, fIoU, mF1) and, a list each with a value
+    for each class, IoU, precision, recall, F1 (the Dice coefficient), all
+    0..1.
 
     Args:
         confusion: (n, n), rows label.
         classes: indices of the classes that enter the means; () for all.
 
     Classes that occur neither in label nor in prediction are left out of the
-    mean IoU (IoU: a list with None for those), and classes without a label
-    out of mAcc.
+    mean IoU and F1, classes without a label out of mAcc. What a class has not
+    (nor precision without a prediction, nor recall without a label) is None.
     """
     counts = np.asarray(confusion, np.float64)
     hit, label, pred = counts.diagonal(), counts.sum(1), counts.sum(0)
     with np.errstate(invalid='ignore', divide='ignore'):
-        iou, acc = hit / (label + pred - hit), hit / label
+        iou, f1 = hit / (label + pred - hit), 2 * hit / (label + pred)
+        precision, recall = hit / pred, hit / label
     chosen = list(classes) or list(range(len(counts)))
-    mean_iou, mean_acc = (_nanmean(x[chosen]) for x in (iou, acc))
+    mean_iou, mean_acc, mean_f1 = (
+        _nanmean(x[chosen]) for x in (iou, recall, f1))
     total = label[chosen].sum()
     return {'mIoU': mean_iou, 'mAcc': mean_acc,
             'pAcc': _ratio(hit[chosen].sum(), total),
             'fIoU': _ratio((label * np.nan_to_num(iou))[chosen].sum(), total),
-            'IoU': [None if np.isnan(x) else float(x) for x in iou]}
+            'mF1': mean_f1, **{
+                name: [None if np.isnan(x) else float(x) for x in values]
+                for name, values in zip(PER_CLASS, (iou, precision, recall,
+                                                    f1))}}
 
 
 def _nanmean(values):

@@ -22,6 +22,12 @@ DESCRIPTIONS = {
     'IoU': 'IoU of the class on VAL_SPLIT, in per cent.',
     'IoU_average': 'IoU of the class on VAL_SPLIT, of the averaged weights '
                    '(AVERAGE), in per cent.',
+    'precision': 'Share of the pixels predicted as the class on VAL_SPLIT '
+                 'that are it, in per cent.',
+    'recall': 'Share of the pixels of the class on VAL_SPLIT that are '
+              'predicted as it, in per cent.',
+    'F1': 'F1 score (Dice coefficient) of the class on VAL_SPLIT, in per '
+          'cent.',
     'EM/bases_moved': 'How far the step moved the bases: norm of the update '
                       'divided by the norm of the basis, averaged over the '
                       'bases. Near 0: they have converged.',
@@ -37,8 +43,8 @@ class Logger:
     """What a run records: metrics as TensorBoard's scalars and, those of
     COLUMNS, as lines of log.csv; images; settings.
 
-    A metric with IoU in its name is given and written to log.csv as 0..1;
-    TensorBoard shows it in per cent.
+    A metric with a name of utils.PER_CLASS in its own is given and written to
+    log.csv as 0..1; TensorBoard shows it in per cent.
 
     Args:
         folder: LOG_DIR.
@@ -152,7 +158,7 @@ class Logger:
         """Show a metric in TensorBoard, an IoU in per cent."""
         from tensorboardX.summary import scalar
 
-        is_iou = 'IoU' in name
+        is_iou = any(key in name for key in utils.PER_CLASS)
         group = ('' if name not in self.COLUMNS else 'Accuracy/'
                  if is_iou else 'Curves/')  # HParams sorts metrics by tag
         tag = _tag(group + name)

@@ -10,6 +10,7 @@ import os
 from lib import visualize
 from lib.images import save_image
 from utils import (
+    PER_CLASS,
     RunError,
     UserError,
     atomic_write,
@@ -23,7 +24,8 @@ from utils import (
 RESULTS = 'results.csv'
 COLUMNS = ('experiment', 'parent', 'checkpoint', 'sha256', 'weights', 'step',
            'data', 'split', 'images', 'stride', 'scales', 'flip', 'window',
-           'inference', 'mean_over', 'mIoU', 'seconds', 'git', 'IoU')
+           'inference', 'mean_over', 'mIoU', 'mF1', 'seconds', 'git', 'IoU',
+           'precision', 'recall', 'F1')
 HEADER = ','.join(COLUMNS) + '\n'
 
 
@@ -100,15 +102,19 @@ def append_result(scored, weights, result, seconds):
     Args:
         scored: {column: value} of what was scored.
         weights: 'net' or 'average'.
-        result: as eval.json has it; IoU is written 'name: 0.1234; ...'.
+        result: as eval.json has it; the values of classes are written
+            'name: 0.1234; ...'.
         seconds: that the evaluation took.
     """
-    classes = '; '.join(f'{name}: ' + ('-' if iou is None else f'{iou:.4f}')
-                        for name, iou in result['classes'].items())
+    classes = {name: '; '.join(
+        f'{each}: ' + ('-' if value is None else f'{value:.4f}')
+        for each, value in result[key].items())
+        for name, key in (('IoU', 'classes'), *zip(PER_CLASS[1:],
+                                                   PER_CLASS[1:]))}
     row = {'experiment': os.path.basename(os.getcwd()), 'weights': weights,
            'parent': forked_from().get('parent', ''), **scored,
-           'mIoU': f'{result["mIoU"]:.6f}', 'git': git_hash(),
-           'seconds': f'{seconds:.1f}', 'IoU': classes}
+           'mIoU': f'{result["mIoU"]:.6f}', 'mF1': f'{result["mF1"]:.6f}',
+           'git': git_hash(), 'seconds': f'{seconds:.1f}', **classes}
     with open_results() as file:
         csv.DictWriter(file, COLUMNS, lineterminator='\n').writerow({
             name: ' '.join(map(str, value)) if isinstance(
@@ -121,14 +127,16 @@ def log_scores(classes, means):
     """Log a table of scores in per cent.
 
     Args:
-        classes: {name: IoU, 0..1, or None for a class that is not there}.
+        classes: {score: {name: 0..1, or None}}, of PER_CLASS.
         means: {name: 0..1}, as of utils.scores.
     """
-    width = max(20, *map(len, classes))
-    log(f'{"class":{width}}  IoU %')
-    for name, iou in classes.items():
-        text = '-' if iou is None else f'{100 * iou:.2f}'
-        log(f'{name:{width}} {text:>6}')
+    names = list(classes['IoU'])
+    width = max(20, *map(len, names))
+    log(f'{"class, %":{width}}' + ''.join(f'{key:>11}' for key in classes))
+    for name in names:
+        cells = ['-' if values[name] is None else f'{100 * values[name]:.2f}'
+                 for values in classes.values()]
+        log(f'{name:{width}}' + ''.join(f'{cell:>11}' for cell in cells))
     log('  '.join(f'{name} {100 * value:.2f} %'
                   for name, value in means.items()))
 

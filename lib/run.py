@@ -30,6 +30,7 @@ from lib.distributed import (
     local_world,
 )
 from lib.images import read_classes
+from lib.optimizer import prepare_state
 from lib.recorded import check_record
 from utils import RunError, UserError, log, plural, world
 
@@ -210,8 +211,8 @@ def check_finite(parts, step):
     for name, part in parts.items():
         state = part.state_dict()
         if name == 'optimizer':
-            state = {f'momentum {i}': each.get('momentum_buffer')
-                     for i, each in state['state'].items()}
+            state = {f'{key} {i}': value for i, each in state['state'].items()
+                     for key, value in each.items()}
         broken = not_finite(state)
         if broken:
             raise RunError(f'the run has diverged: at step {step} the {name} '
@@ -357,22 +358,6 @@ def describe_end(step, best):
             f'      python predict.py IMAGE {final}')
 
 
-def prepare_momentum(optimizer):
-    """Give each parameter a momentum that lies in memory as it does.
-
-    Where there is none, zeros: the fused optimizer leaves it uninitialised in
-    a first step that overflows. One of a checkpoint lies as on the device
-    where it was written: the optimizer would pair wrong numbers.
-    """
-    for group in optimizer.param_groups:
-        for param in group['params'] if group['momentum'] else []:
-            state = optimizer.state[param]
-            own = torch.zeros_like(param)
-            if state.get('momentum_buffer') is not None:
-                own.copy_(state['momentum_buffer'])
-            state['momentum_buffer'] = own
-
-
 def restore(state, parts, path):
     """Restore a run's parts from the state of read_latest, which is emptied;
     return (step, best mIoU)."""
@@ -382,7 +367,7 @@ def restore(state, parts, path):
                 load_strict(part, state[name], path)
             else:
                 part.load_state_dict(state[name])
-        prepare_momentum(parts['optimizer'])
+        prepare_state(parts['optimizer'])
         if len(state['random']) == world():
             set_random_state(state['random'][utils.rank()])
     except (LookupError, TypeError, ValueError, RuntimeError) as error:

@@ -123,14 +123,20 @@ def test_the_result_on_file(small, monkeypatch, capsys):
                            - counts[i, i]) for i in (1, 2)]
     assert result['mIoU'] == pytest.approx(np.mean(iou))
     assert result['classes']['disc'] == pytest.approx(iou[0])
-    assert set(result) == {'mIoU', 'pAcc', 'mAcc', 'fIoU', 'classes',
-                           'confusion', 'scored'}
+    assert set(result) == {'mIoU', 'pAcc', 'mAcc', 'fIoU', 'mF1', 'classes',
+                           'precision', 'recall', 'F1', 'confusion', 'scored'}
+    hit, label, pred = counts[1, 1], counts[1].sum(), counts[:, 1].sum()
+    disc = [iou[0], hit / pred, hit / label, 2 * hit / (label + pred)]
+    assert [result[name]['disc'] for name in ('classes', 'precision', 'recall',
+                                              'F1')] == pytest.approx(disc)
     assert result['scored']['images'] == 5
     assert result['scored']['unit'] == '0..1'
     lines = capsys.readouterr().out.splitlines()
     assert 'EM_BASES = 8 (net.pth)' in lines
-    table = lines[lines.index('class                 IoU %'):]
-    assert table[2].split() == ['disc', f'{100 * iou[0]:.2f}']
+    start = [line.split() for line in lines].index(
+        ['class,', '%', 'IoU', 'precision', 'recall', 'F1'])
+    table = lines[start:]
+    assert table[2].split() == ['disc', *(f'{100 * x:.2f}' for x in disc)]
     assert table[7].startswith(f'mIoU {100 * result["mIoU"]:.2f} %  mAcc ')
 
 

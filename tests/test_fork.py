@@ -156,8 +156,9 @@ def test_results_tell_the_parent(tmp_path, monkeypatch):
     monkeypatch.setattr(utils, 'ROOT', str(tmp_path))
     (tmp_path / 'forked_from.txt').write_text(
         '# parent: EMANet, 101\n# commit: abc\n')
-    results.append_result({'step': 1}, 'net', {'mIoU': 0.5, 'classes': {}},
-                          1.0)
+    results.append_result({'step': 1}, 'net', {
+        'mIoU': 0.5, 'mF1': 0.5, 'classes': {}, 'precision': {}, 'recall': {},
+        'F1': {}}, 1.0)
     with open('results.csv', newline='') as file:
         row, = csv.DictReader(file)
     assert row['parent'] == 'EMANet, 101' and row['git'] == 'abc'
@@ -174,7 +175,10 @@ OTHERS = {
     'STAGE_NUM_EVAL': 5, 'EM_KEEP': 'learned', 'EM_MOM': 0.5,
     'EM_NORM': 'none', 'EM_GRAD': True, 'BATCH_SIZE': 4, 'ACCUM': 2,
     'ITER_MAX': 70, 'LR': 0.5, 'LR_MOM': 0.5, 'LR_DECAY': 1,
-    'POLY_POWER': 0.5, 'WEIGHT_DECAY': 0.0, 'LOSS': 'ohem',
+    'POLY_POWER': 0.5, 'OPTIMIZER': 'adamw', 'SCHEDULE': 'cosine',
+    'WARMUP': 5, 'BACKBONE_LR': 0.1, 'CLIP_GRAD': 1.0,
+    'LABEL_SMOOTHING': 0.1, 'COLOR_JITTER': 0.3, 'WEIGHT_DECAY': 0.0,
+    'LOSS': 'ohem',
     'FREEZE': 'bn', 'AVERAGE': 0.5, 'AMP': 'off', 'RECOMPUTE': True,
     'SEED': 1, 'DETERMINISTIC': True, 'ITER_VAL': 7,
     'EVAL_SCALES': (0.5, 1.0), 'EVAL_FLIP': True, 'EVAL_WINDOW': 97,

@@ -21,6 +21,9 @@ import utils
 from conftest import refused
 from lib import results
 
+EMPTY = {'mIoU': 1, 'mF1': 1, 'classes': {}, 'precision': {}, 'recall': {},
+         'F1': {}}
+
 
 @pytest.fixture
 def evaluate(monkeypatch):
@@ -85,7 +88,7 @@ def test_a_line_holds_what_was_scored(small, tmp_path, monkeypatch, evaluate):
 
 
 def append_twenty(number):
-    result = {'mIoU': 0.5, 'classes': {f'class {i}': 0.25 for i in range(99)}}
+    result = {**EMPTY, 'classes': {f'class {i}': 0.25 for i in range(99)}}
     for i in range(20):
         results.append_result({'step': 100 * number + i}, 'net', result, 1.0)
 
@@ -122,7 +125,7 @@ def test_an_older_file_gains_empty_columns(content, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'shared.csv').write_bytes(content)
     os.symlink('shared.csv', 'results.csv')
-    results.append_result({'step': 3}, 'net', {'mIoU': 1, 'classes': {}}, 1)
+    results.append_result({'step': 3}, 'net', EMPTY, 1)
     first, second, last = read_lines()
     assert os.path.islink('results.csv') and tuple(first) == results.COLUMNS
     assert {name: value for name, value in first.items() if value} == {
@@ -130,7 +133,7 @@ def test_an_older_file_gains_empty_columns(content, tmp_path, monkeypatch):
         'mIoU': '0.25', 'IoU': 'x: 0.5; y: 0'}
     assert second['mIoU'] == '0.5' and last['step'] == '3'
     before = os.stat('shared.csv').st_ino
-    results.append_result({'step': 4}, 'net', {'mIoU': 1, 'classes': {}}, 1)
+    results.append_result({'step': 4}, 'net', EMPTY, 1)
     assert os.stat('shared.csv').st_ino == before       # added to, no more
     assert len(read_lines()) == 4
 

@@ -310,7 +310,7 @@ def test_describe_is_the_sections_of_the_file():
     text = ' '.join(' '.join(lines).split())
     for part in ('STRIDE = 8 output stride of the backbone: 8, 16, 32 DROP',
                  'LR = 0.5 learning rate at the start; of biases twice that '
-                 '(0 to 1,000,000) LR_MOM',
+                 '(0 to 1,000,000) OPTIMIZER',
                  "alone ('cross_entropy', 'ohem') OHEM_THRESHOLD",
                  'as trainval and val do N_CLASSES',
                  'SEED = 7 of weights, order and augmentation (0 to '

@@ -144,18 +144,22 @@ def test_tensorboard_has_what_a_run_did(small, monkeypatch):
 
     net, _ = heads.load_network('models/final.pth', 'cpu')
     data = dataset.Segmentation('val', train=False)
-    iou = utils.scores(eval.evaluate(net, data))['IoU']
+    scores = utils.scores(eval.evaluate(net, data))
     names, _ = read_classes(settings.DATA_ROOT, 6)
-    for name, want in zip(names, iou, strict=True):
-        assert scalars(events, f'IoU/{name}')[4] == pytest.approx(100 * want)
+    for key in utils.PER_CLASS:
+        for name, want in zip(names, scores[key], strict=True):
+            if want is not None:
+                assert scalars(events, f'{key}/{name}')[4] == pytest.approx(
+                    100 * want)
     assert 'IoU_average/disc' in tags['scalars']
     assert min(tags['scalars']) == 'Accuracy/val_mIoU'  # first in HParams
     for tag in tags['scalars']:
         metadata_of_tag = events.SummaryMetadata(tag)
         text = metadata_of_tag.summary_description
         assert len(text) > 20, tag
-        assert ('in per cent' in text) == ('IoU' in tag)
-        assert metadata_of_tag.display_name == tag + ', %' * ('IoU' in tag)
+        is_score = any(key in tag for key in utils.PER_CLASS)
+        assert ('in per cent' in text) == is_score
+        assert metadata_of_tag.display_name == tag + ', %' * is_score
 
     shown = {f'{kind}/{data.ids[i]}' for kind in ('Val', 'ValBases')
              for i in (0, 1, 2, 4)}             # 4 of 5, evenly

@@ -315,19 +315,27 @@ def test_confusion_matrix_ignores_what_is_void_alone():
     # class 2 occurs nowhere, and stays out of the means
     ([[6, 2, 0], [1, 3, 0], [0, 0, 0]], (), dict(
         mIoU=(6 / 9 + 3 / 6) / 2, mAcc=(6 / 8 + 3 / 4) / 2, pAcc=9 / 12,
-        fIoU=8 / 12 * 6 / 9 + 4 / 12 * 3 / 6, IoU=[6 / 9, 0.5, None])),
+        fIoU=8 / 12 * 6 / 9 + 4 / 12 * 3 / 6, IoU=[6 / 9, 0.5, None],
+        precision=[6 / 7, 3 / 5, None], recall=[6 / 8, 3 / 4, None],
+        F1=[12 / 15, 6 / 9, None], mF1=(12 / 15 + 6 / 9) / 2)),
     # it is predicted alone, and counts
     (torch.tensor([[6, 1, 1], [1, 3, 0], [0, 0, 0]]), (), dict(
         mIoU=(6 / 9 + 3 / 5 + 0) / 3, mAcc=(6 / 8 + 3 / 4) / 2, pAcc=9 / 12,
-        fIoU=8 / 12 * 6 / 9 + 4 / 12 * 3 / 5, IoU=[6 / 9, 3 / 5, 0])),
+        fIoU=8 / 12 * 6 / 9 + 4 / 12 * 3 / 5, IoU=[6 / 9, 3 / 5, 0],
+        precision=[6 / 7, 3 / 4, 0], recall=[6 / 8, 3 / 4, None],
+        F1=[12 / 15, 6 / 8, 0], mF1=(12 / 15 + 6 / 8) / 3)),
     # two classes: the other stays in the unions, and out of the means
     ([[6, 1, 1], [1, 3, 0], [2, 0, 4]], (0, 2), dict(
         mIoU=(6 / 11 + 4 / 7) / 2, mAcc=(6 / 8 + 4 / 6) / 2, pAcc=10 / 14,
-        fIoU=8 / 14 * 6 / 11 + 6 / 14 * 4 / 7, IoU=[6 / 11, 3 / 5, 4 / 7])),
+        fIoU=8 / 14 * 6 / 11 + 6 / 14 * 4 / 7, IoU=[6 / 11, 3 / 5, 4 / 7],
+        precision=[6 / 9, 3 / 4, 4 / 5], recall=[6 / 8, 3 / 4, 4 / 6],
+        F1=[12 / 17, 6 / 8, 8 / 11], mF1=(12 / 17 + 8 / 11) / 2)),
     (np.zeros((3, 3)), (), dict(mIoU=0, mAcc=0, pAcc=0, fIoU=0,
-                                IoU=[None] * 3)),
+                                mF1=0, IoU=[None] * 3, precision=[None] * 3,
+                                recall=[None] * 3, F1=[None] * 3)),
     (np.diag([5, 1, 2]), (), dict(mIoU=1, mAcc=1, pAcc=1, fIoU=1,
-                                  IoU=[1, 1, 1]))],
+                                  mF1=1, IoU=[1, 1, 1], F1=[1, 1, 1],
+                                  precision=[1, 1, 1], recall=[1, 1, 1]))],
     ids=['absent', 'predicted alone', 'of two', 'nothing', 'everything'])
 def test_scores_by_hand(confusion, classes, expected, tmp_path):
     found = utils.scores(confusion, classes)
