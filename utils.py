@@ -19,6 +19,7 @@ import sys
 import textwrap
 import threading
 import time
+import traceback
 import weakref
 
 import numpy as np
@@ -136,7 +137,11 @@ def _without_traceback(text):
 
 
 def is_lost_worker(error):
-    """Tell whether torch raised this because a DataLoader's process died."""
+    """Tell whether torch raised this because a DataLoader's process died,
+    before its batch was fetched from it or meanwhile."""
+    if isinstance(error, (OSError, EOFError)):
+        return any(frame.filename.endswith('resource_sharer.py')
+                   for frame in traceback.extract_tb(error.__traceback__))
     return (isinstance(error, RuntimeError) and 'DataLoader w' in str(error)
             and '\nOriginal Traceback' not in str(error))
 

@@ -96,6 +96,20 @@ def test_bars_are_closed_before_the_line(monkeypatch, capsys):
     assert bars[0].disable                   # what close() leaves behind
 
 
+@pytest.mark.parametrize('kind', (ConnectionResetError, EOFError,
+                                  FileNotFoundError))
+def test_a_loader_process_that_dies_while_its_batch_is_fetched(kind):
+    """Where Python's sharing of open files fails, and only there."""
+    for file, is_known in (('/x/multiprocessing/resource_sharer.py', True),
+                           ('/x/train.py', False)):
+        try:
+            exec(compile('raise kind()', file, 'exec'), {'kind': kind})
+        except kind as error:
+            line, status = utils.explain(error)
+        assert status == 1
+        assert (line or '').startswith('a loader process died') == is_known
+
+
 def test_out_of_memory_names_the_settings_that_help():
     line, status = utils.explain(torch.OutOfMemoryError(
         'CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total '
