@@ -38,6 +38,10 @@ DESCRIPTIONS = {
                            'by log k, averaged over positions and batch. 1: '
                            'all bases alike; 0: one basis alone.'}
 
+for _name in ('precision', 'recall', 'F1'):
+    DESCRIPTIONS[f'{_name}_average'] = (
+        f'{DESCRIPTIONS[_name]} Of the averaged weights (AVERAGE).')
+
 
 class Logger:
     """What a run records: metrics as TensorBoard's scalars and, those of
