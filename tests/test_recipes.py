@@ -296,6 +296,7 @@ def test_recipes_train_and_evaluate(name, project):
         assert key in SMOKE or str(recorded[key]) == value
 
 
+@pytest.mark.long
 def test_voc_test_trains_three_stages_and_submits(project):
     """COCO, trainaug, trainval: each starts from the last one's weights."""
     done = sh('/', project / 'recipes' / 'voc_test.sh', *words(
