@@ -337,7 +337,7 @@ def test_the_commands_fit_the_data_and_the_machine(own, capsys, monkeypatch):
     assert settings.given() == {
         'DATA_ROOT': f'{own}/my set', 'TRAIN_SPLIT': 'train', 'N_CLASSES': 3,
         'N_LAYERS': 18, 'STEM': 'plain', 'BN_MOM': 0.1, 'LR': 0.01,
-        'STRIDE': 16, 'CROP_SIZE': 65, 'BATCH_SIZE': 4, 'ITER_MAX': 1000}
+        'STRIDE': 16, 'CROP_SIZE': 65, 'BATCH_SIZE': 4, 'ITER_MAX': 600}
     assert 'CROP_SIZE=193 BATCH_SIZE=1 ' in custom.suggest_settings(1, 4000)
     assert score == ['python', 'eval.py']
     assert predict == ['python', 'predict.py', f'{own}/photos', '--to',

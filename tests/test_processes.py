@@ -133,8 +133,8 @@ def test_two_processes_equal_one(small, dtype, steps, changes):
                            start['fc2.weight'])
 
 
-@pytest.mark.parametrize('accum', (1, pytest.param(
-    2, marks=pytest.mark.long)))
+@pytest.mark.long
+@pytest.mark.parametrize('accum', (1, 2))
 def test_train_spawns_a_process_for_each_device(toy, tmp_path, accum):
     """And a resume of it, bit for bit, with dropout on. A sum over three
     depends on its order."""
