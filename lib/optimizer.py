@@ -55,7 +55,8 @@ def prepare_state(optimizer):
             if group.get('momentum') and state.get('momentum_buffer') is None:
                 state['momentum_buffer'] = torch.zeros_like(param)
             for name, value in state.items():
-                if value is not None and value.shape == param.shape:
+                if (value is not None and value.shape == param.shape
+                        and value.stride() != param.stride()):
                     state[name] = torch.empty_like(param).copy_(value)
 
 

@@ -108,9 +108,9 @@ def append_result(scored, weights, result, seconds):
     """
     classes = {name: '; '.join(
         f'{each}: ' + ('-' if value is None else f'{value:.4f}')
-        for each, value in result[key].items())
-        for name, key in (('IoU', 'classes'), *zip(PER_CLASS[1:],
-                                                   PER_CLASS[1:]))}
+        for each, value in result[
+            'classes' if name == 'IoU' else name].items())
+        for name in PER_CLASS}
     row = {'experiment': os.path.basename(os.getcwd()), 'weights': weights,
            'parent': forked_from().get('parent', ''), **scored,
            'mIoU': f'{result["mIoU"]:.6f}', 'mF1': f'{result["mF1"]:.6f}',
