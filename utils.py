@@ -75,13 +75,13 @@ def run_main(main):
         if rank():          # what all processes say, the first says for all
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(5)
-        _end(line, status)
+        _end(line, status, is_lost_worker(error))
     finally:
         end_workers()
 
 
-def _end(line, status):
-    """Print a line, '' for none, and exit."""
+def _end(line, status, at_once=False):
+    """Print a line, '' for none, and exit; at_once: see end_at_once."""
     for bar in list(PROGRESS_BARS):         # the line shall stand by itself
         bar.close()
     if line:
@@ -90,8 +90,8 @@ def _end(line, status):
     for thread in threading.enumerate():    # that writes a checkpoint
         if thread is not threading.current_thread() and not thread.daemon:
             thread.join()
-    if dist.is_initialized():       # torch can abort at exit without a peer
-        end_at_once(status)
+    if at_once or dist.is_initialized():    # torch can abort at exit without
+        end_at_once(status)                 # a peer or a loader process
     sys.exit(status)
 
 
