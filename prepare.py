@@ -2,7 +2,7 @@
 
     python prepare.py toy [--to DIR] [--seed N] [--train N] [--val N]
     python prepare.py voc [--from DIR] [--to DIR] [--sbd-first]
-    python prepare.py coco | cityscapes | context | cocostuff
+    python prepare.py coco | cityscapes | context | cocostuff | ade20k
                       [--from DIR] [--to DIR]
     python prepare.py custom IMAGES MASKS [--to DIR] [--classes FILE] ...
 
@@ -24,6 +24,7 @@ import textwrap
 
 import utils
 from converters import (
+    ade20k,
     cityscapes,
     coco,
     cocostuff,
@@ -34,7 +35,8 @@ from converters import (
 )
 
 CONVERTERS = {'toy': toy, 'voc': voc, 'coco': coco, 'cityscapes': cityscapes,
-              'context': context, 'cocostuff': cocostuff, 'custom': custom}
+              'context': context, 'cocostuff': cocostuff, 'ade20k': ade20k,
+              'custom': custom}
 
 
 def make_parser():

@@ -21,6 +21,7 @@ import tarfile
 import zipfile
 import zlib
 
+import numpy as np
 from PIL import Image
 
 import utils
@@ -194,6 +195,13 @@ def open_image(path, name):
         raise utils.UserError(f'{path}: {name} cannot be read as an image '
                               f'({type(error).__name__})') from None
     return image
+
+
+def write_label(path, archive, name, ids, colours):
+    """Write a zip's mask, an image of ids: ids[i] becomes class i, what is
+    none of them void."""
+    mask = np.array(open_image(archive, name))
+    images.save_label(layout.remap_ids(mask, ids), path, colours)
 
 
 def parse_mat(data, field):

@@ -1,6 +1,4 @@
 """Cityscapes, fine annotations, 19 classes. Its download needs a login."""
-import numpy as np
-
 from converters import archives, layout
 from lib import images
 
@@ -38,17 +36,11 @@ def convert(args):
     layout.run_jobs([
         (write_image, layout.image_path(root, ID), image_zip, name)
         for _, ID, name in archives.zip_members(image_zip, IMAGES)] + [
-        (write_label, layout.label_path(root, ID), label_zip, name,
-         classes[1]) for _, _, ID, name in labels], 'convert')
+        (archives.write_label, layout.label_path(root, ID), label_zip, name,
+         IDS, classes[1]) for _, _, ID, name in labels], 'convert')
     layout.finish(root, 'cityscapes', {}, lists)
 
 
 def write_image(path, archive, name):
     """Write an image of Cityscapes as a JPEG."""
     layout.save_jpeg(archives.open_image(archive, name), path)
-
-
-def write_label(path, archive, name, colours):
-    """Write a mask of Cityscapes, a PNG of label ids."""
-    mask = np.array(archives.open_image(archive, name))
-    images.save_label(layout.remap_ids(mask, IDS), path, colours)

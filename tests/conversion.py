@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import prepare
 from converters import layout
 from lib import images
 
@@ -34,6 +35,19 @@ def palette(root, name):
         return np.reshape(image.getpalette(), (256, 3)).tolist()
 
 
+def check(root, masks, class_file):
+    """Compare all labels of root with masks {ID: (H, W)}, and its palette
+    and class file with the data set's."""
+    assert sorted(masks) == sorted(path.stem for path in Path(
+        root, 'SegmentationClassAug').iterdir())
+    for name, mask in masks.items():
+        np.testing.assert_array_equal(load_label(root, name), mask, name)
+    path = images.class_file(class_file)
+    colours = images.full_palette(images.read_class_file(path)[1])
+    assert palette(root, name) == colours.tolist()
+    assert Path(root, 'classes.txt').read_bytes() == Path(path).read_bytes()
+
+
 def tree(root):
     """Return {path within root: (bytes, time of writing)} of all files."""
     return {str(path.relative_to(root)):
@@ -44,6 +58,17 @@ def tree(root):
 def contents(root):
     """Return {path within root: bytes} of all files."""
     return {path: data for path, (data, _) in tree(root).items()}
+
+
+def expect(name, folder, monkeypatch, **counts):
+    """Have a converter expect so many images, and archives of no known hash;
+    return the command line."""
+    source = prepare.CONVERTERS[name].SOURCE
+    monkeypatch.setattr(prepare.CONVERTERS[name], 'SOURCE', {
+        **source, 'counts': counts, 'unpacked': 10 ** 6,
+        'archives': tuple((url, '', size) for url, _, size
+                          in source['archives'])})
+    return [name, '--from', str(folder), '--to', str(folder / 'made')]
 
 
 def interrupt_after(count):

@@ -25,10 +25,10 @@ from conftest import refused
 from conversion import (
     SIZE,
     boxes,
+    check,
     encode,
     encode_mat,
-    load_label,
-    palette,
+    expect,
     polygon,
     rle,
     smooth_image,
@@ -36,7 +36,14 @@ from conversion import (
     write_tar,
     write_zip,
 )
-from converters import cityscapes, cocostuff, context, layout, polygons
+from converters import (
+    archives,
+    cityscapes,
+    cocostuff,
+    context,
+    layout,
+    polygons,
+)
 from lib import images
 
 
@@ -49,30 +56,6 @@ def refusal(monkeypatch, capsys):
         assert status == 2
         return line
     return run
-
-
-def expect(name, folder, monkeypatch, **counts):
-    """Have a converter expect so many images, and archives of no known hash;
-    return the command line."""
-    source = prepare.CONVERTERS[name].SOURCE
-    monkeypatch.setattr(prepare.CONVERTERS[name], 'SOURCE', {
-        **source, 'counts': counts, 'unpacked': 10 ** 6,
-        'archives': tuple((url, '', size) for url, _, size
-                          in source['archives'])})
-    return [name, '--from', str(folder), '--to', str(folder / 'made')]
-
-
-def check(root, masks, class_file):
-    """Compare all labels of root with masks {ID: (H, W)}, and its palette
-    and class file with the data set's."""
-    assert sorted(masks) == sorted(path.stem for path in Path(
-        root, 'SegmentationClassAug').iterdir())
-    for name, mask in masks.items():
-        np.testing.assert_array_equal(load_label(root, name), mask, name)
-    path = images.class_file(class_file)
-    colours = images.full_palette(images.read_class_file(path)[1])
-    assert palette(root, name) == colours.tolist()
-    assert Path(root, 'classes.txt').read_bytes() == Path(path).read_bytes()
 
 
 # ------------------------------------------------- COCO
@@ -257,7 +240,7 @@ def test_images_of_an_archive_that_cannot_be_read_are_named(tmp_path, data):
     path = tmp_path / 'a.zip'
     write_zip(path, {'a.png': data})
     for write, *rest in ((cityscapes.write_image,),
-                         (cityscapes.write_label, [[0, 0, 0]])):
+                         (archives.write_label, (0, 7), [[0, 0, 0]])):
         with pytest.raises(utils.UserError, match=f'^{path}: a.png cannot'):
             write(tmp_path / 'b', str(path), 'a.png', *rest)
     assert not (tmp_path / 'b').exists()

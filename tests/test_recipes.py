@@ -243,7 +243,8 @@ def project(toy, tmp_path):
     place of every data set and of every split."""
     folder = copy_project(tmp_path / 'project')
     (folder / 'setup.sh').write_text('')        # these tests have it all
-    for name in ('cityscapes', 'coco', 'cocostuff', 'context', 'voc'):
+    for name in ('ade20k', 'cityscapes', 'coco', 'cocostuff', 'context',
+                 'voc'):
         root = folder / 'data' / name
         shutil.copytree(toy, root)
         (root / 'classes.txt').unlink()
@@ -278,7 +279,7 @@ def test_recipes_are_valid_settings(path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize('name', ('cityscapes', 'coco', 'cocostuff',
+@pytest.mark.parametrize('name', ('ade20k', 'cityscapes', 'coco', 'cocostuff',
                                   'context'))
 def test_recipes_train_and_evaluate(name, project):
     with open(project / 'recipes' / f'{name}.sh') as file:
