@@ -5,8 +5,8 @@
 CHECKPOINT is MODEL_DIR/final.pth if not named, a file of tools.export, or a
 folder that holds final.pth. It brings along its network, data set and split.
 Writes eval.json, confusion.png and classes.png into LOG_DIR (of another run's
-checkpoint: see docs/evaluation.md), and a line of results.csv. The VOC test
-server's file is written by tools.submit.
+checkpoint: see docs/evaluation.md), and a line of results.csv. What test
+servers score is written by tools.submit.
 
 Shapes: b images, n classes, h x w feature grid, T iterations, k bases, H x W
 pixels.

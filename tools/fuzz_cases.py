@@ -28,7 +28,7 @@ from tools import clean, compare_runs, submit
 FORMATS = {'JPEG': 'jpg', 'PNG': 'png', 'TIFF': 'tif', 'BMP': 'bmp',
            'GIF': 'gif', 'WEBP': 'webp'}
 SPOILT = 'spoilt/a/set'             # a case's files; SECRET leads from there,
-SECRET = '../../../../../secret'    # and from submit.FOLDER, to the outside
+SECRET = '../../../../../secret'    # and from a mask's folder, to the outside
 VALUES = [None, True, 0, 1, -1, 7, 2 ** 31, 10 ** 30, 0.5, 1e308,
           float('nan'), float('inf'), '', '..', 'x', 'ü\0\n', SECRET,
           '/etc/passwd', [], {}, [[]], [-1], [None] * 3, {'x': [1e9] * 9}]
@@ -173,7 +173,9 @@ def spoil_set(name, mutate):
              lambda: images.read_classes(SPOILT, settings.N_CLASSES),
              lambda: convert(*folders, '--classes', f'{SPOILT}/classes.txt')]
     if mutate is not mutate_image:              # what reads no labels
-        calls.append(lambda: submit.submit(build_network().eval()))
+        calls.append(lambda: submit.submit(
+            build_network().eval(), Segmentation('train', False, False),
+            submit.VOC))
     for call in calls:
         settings.DATA_ROOT, settings.VAL_SPLIT = SPOILT, 'train'
         yield call
