@@ -19,7 +19,7 @@ RECIPE = {'N_LAYERS': 18, 'STEM': 'plain', 'STRIDE': 16, 'EM_CHANNELS': 256,
           'SCALES': '0.4,0.5,0.6', 'EVAL_SCALES': 0.5, 'ITER_MAX': 120,
           'ITER_VAL': 0, 'ITER_SAVE': 1000, 'VAL_SPLIT': '', 'NUM_WORKERS': 1,
           'DEVICES': '-1', 'PRETRAINED_PARTIAL': True}
-LONG = {'ITER_MAX': 1200, 'ITER_VAL': 120, 'VAL_SPLIT': 'val',
+LONG = {'ITER_MAX': 1200, 'ITER_VAL': 240, 'VAL_SPLIT': 'val',
         'AVERAGE': 0.99, 'ITER_SAVE': 2000}
 SETS = {'camvid': {'N_CLASSES': 11, 'TRAIN_SPLIT': 'train'},
         'animals': {'N_CLASSES': 21, 'TRAIN_SPLIT': 'trainaug'}}
@@ -89,14 +89,16 @@ def plan_short(seeds):
 
 def plan_long(seeds):
     """Return the long runs, all of a seed before the next, EMANet's pair of
-    runs first."""
-    other_stages = tuple({**LONG_SCORED['test'], 'STAGE_NUM_EVAL': t}
-                         for t in STAGES if t != settings.STAGE_NUM)
-    return [Run(f'long.{name}', 'camvid', seed, {**LONG, **changes},
-                (*LONG_SCORED.values(),
-                 *(other_stages if name == 'ema' else ())))
+    runs first; then they come again, to be scored in the ways that take
+    longest."""
+    single, multi_scale, val = LONG_SCORED.values()
+    stages = tuple({**single, 'STAGE_NUM_EVAL': t}
+                   for t in STAGES if t != settings.STAGE_NUM)
+    return [Run(f'long.{name}', 'camvid', seed, {**LONG, **changes}, scorings)
+            for scorings in ((single, val), stages, (multi_scale,))
             for seed in range(1, seeds + 1)
-            for name, (changes, count) in LONG_HEADS.items() if seed <= count]
+            for name, (changes, count) in LONG_HEADS.items()
+            if seed <= count and (name == 'ema' or scorings is not stages)]
 
 
 # ------------------------------------------------- what was run
