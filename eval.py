@@ -398,7 +398,8 @@ def report(net, checkpoint, path, digest):
         'split': data.split, 'images': len(data),
         'stride': settings.STRIDE, 'scales': settings.EVAL_SCALES,
         'flip': settings.EVAL_FLIP, 'window': settings.EVAL_WINDOW,
-        'inference': settings.INFERENCE, 'mean_over': settings.EVAL_CLASSES}
+        'inference': settings.INFERENCE, 'mean_over': settings.EVAL_CLASSES,
+        'stages': [unit.stages[1] for unit in network.ema_units(net)]}
     results = {}
     for weights in [name for name in ('net', 'average') if name in checkpoint]:
         if weights == 'average':

@@ -188,11 +188,13 @@ class NonLocal(nn.Module):
 def build_network():
     """Return the network that the settings describe, weights as drawn."""
     s = settings
-    if s.HEAD == 'ema':
+    if s.HEAD in ('ema', 'no_ema'):
         net = network.EMANet(
             s.N_CLASSES, s.N_LAYERS, s.STRIDE, s.STEM, s.EM_CHANNELS,
             s.EM_BASES, s.STAGE_NUM, s.STAGE_NUM_EVAL, s.EM_KEEP, s.EM_NORM,
             s.EM_GRAD, s.EM_MOM, s.DROPOUT)
+        if s.HEAD == 'no_ema':          # drawn too: the others' weights stay
+            net.emau = nn.Identity()
     elif s.HEAD == 'nonlocal':
         net = network.EMANet(s.N_CLASSES, s.N_LAYERS, s.STRIDE, s.STEM,
                              s.EM_CHANNELS, dropout=s.DROPOUT)

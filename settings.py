@@ -24,8 +24,9 @@ NUM_WORKERS = 4              # loader processes, for each training process
 CACHE = False                # True: decode a small set once, into memory
 
 # ---------------------------------------------------------------- network
-HEAD = 'ema'                 # 'ema' (EMANet), 'nonlocal', 'fcn' (a classifier
-#                              alone), 'deeplabv3', 'deeplabv3plus', 'psa'
+HEAD = 'ema'                 # 'ema' (EMANet), 'no_ema' (the same without its
+#                              unit), 'nonlocal', 'fcn' (a classifier alone),
+#                              'deeplabv3', 'deeplabv3plus', 'psa'
 N_LAYERS = 101               # of the ResNet: 18, 34, 50, 101, 152
 STEM = 'deep'                # 'deep' (three 3x3), 'plain' (torchvision's 7x7)
 STRIDE = 8                   # output stride of the backbone: 8, 16, 32
@@ -119,7 +120,7 @@ _TABLE = {
     'NUM_WORKERS': (int, '0 to 1,024', 'machine'),
     'CACHE': (bool, None, 'machine'),
     'HEAD': (str, ('ema', 'fcn', 'deeplabv3', 'deeplabv3plus', 'psa',
-                   'nonlocal'), 'network'),
+                   'nonlocal', 'no_ema'), 'network'),
     'N_LAYERS': (int, (18, 34, 50, 101, 152), 'network'),
     'STEM': (str, ('deep', 'plain'), 'network'),
     'STRIDE': (int, (8, 16, 32), 'network'),

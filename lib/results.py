@@ -24,8 +24,8 @@ from utils import (
 RESULTS = 'results.csv'
 COLUMNS = ('experiment', 'parent', 'checkpoint', 'sha256', 'weights', 'step',
            'data', 'split', 'images', 'stride', 'scales', 'flip', 'window',
-           'inference', 'mean_over', 'mIoU', 'mF1', 'seconds', 'git', 'IoU',
-           'precision', 'recall', 'F1')
+           'inference', 'stages', 'mean_over', 'mIoU', 'mF1', 'seconds', 'git',
+           'IoU', 'precision', 'recall', 'F1')
 HEADER = ','.join(COLUMNS) + '\n'
 
 

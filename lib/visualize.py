@@ -332,6 +332,22 @@ def plot_confusion(confusion, names):
     return render(figure)
 
 
+def plot_curves(curves, x_label, y_label):
+    """Return a chart of curves {name: points (n, 2)}; those named 'A, ...'
+    are dashed, in the colour of the one before."""
+    figure, axes = new_chart(560, 320)
+    colour = -1
+    for name, points in curves.items():
+        colour += ',' not in name
+        axes.plot(*np.transpose(points), '--' if ',' in name else '-',
+                  color=f'C{max(0, colour)}', label=name)
+    axes.set_xlabel(x_label, fontsize=12)
+    axes.set_ylabel(y_label, fontsize=12)
+    axes.legend(fontsize=12)
+    axes.grid(color='0.88')
+    return render(figure)
+
+
 def plot_iou(classes, colours, mean):
     """Return a chart of IoU in per cent: a bar for each class, the mean as a
     line.

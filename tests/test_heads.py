@@ -3,6 +3,7 @@ is, what weights tell of themselves.
 
     python -m pytest tests/test_heads.py [-m long]
 """
+import itertools
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import dataset
 import eval
 import heads
 import network
@@ -78,6 +80,50 @@ def test_settings_reach_the_unit():
     assert unit.stages == (2, 5) and unit.norm == 'layer' and unit.grad
     assert unit.momentum == 0.8 and net.fc1[1].p == 0.3
     assert unit.conv2[1].momentum == net.extractor[1].momentum == 0.1
+
+
+@pytest.mark.parametrize('changes', (
+    {}, {'EM_BASES': 5, 'EM_KEEP': 'learned'}), ids=str)
+def test_no_ema_is_emanet_without_its_unit(changes, small):
+    """A run of the same seed starts from the same weights, then draws the
+    same numbers; in training the two differ by the unit alone."""
+    vars(settings).update(AVERAGE=0.99, **changes)
+    states, draws, nets = [], [], []
+    for settings.HEAD in ('ema', 'no_ema'):
+        net, optimizer, *_ = train.build(torch.device('cpu'), is_new=True)
+        states.append({key: value.clone()
+                       for key, value in net.state_dict().items()})
+        draws.append(torch.rand(1))
+        nets.append(net.train())
+        assert sum(len(group['params']) for group in optimizer.param_groups
+                   ) == sum(p.requires_grad for p in net.parameters())
+    ema, no_ema = states
+    assert [*no_ema] == [key for key in ema if not key.startswith('emau.')]
+    assert all(torch.equal(ema[key], value) for key, value in no_ema.items())
+    assert draws[0] == draws[1] and not network.ema_units(nets[1])
+
+    x = torch.randn(2, 3, 65, 65)
+    nets[0].emau = torch.nn.Identity()
+    torch.manual_seed(1)
+    expected = nets[0](x)
+    torch.manual_seed(1)
+    assert torch.equal(nets[1](x), expected)
+
+
+def test_every_head_reads_the_same_images(small):
+    """In the same order, cropped and flipped alike, by SEED alone."""
+    read = []
+    for settings.HEAD in ('ema', 'no_ema', 'nonlocal'):
+        train.build(torch.device('cpu'), is_new=True)
+        batches = dataset.train_loader(
+            dataset.Segmentation('train', train=True), 0, 0, 1)
+        read.append(list(itertools.islice(batches, 4)))
+    for other in read[1:]:
+        for (image, label, ids), (image2, label2, ids2) in zip(
+                read[0], other, strict=True):
+            assert ids == ids2 and torch.equal(image, image2)
+            assert torch.equal(label, label2)
+    assert len({tuple(ids) for _, _, ids in read[0]}) > 1
 
 
 @pytest.mark.parametrize('name, value', (

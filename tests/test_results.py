@@ -17,6 +17,7 @@ from PIL import Image
 
 import eval
 import heads
+import settings
 import utils
 from conftest import refused
 from lib import results
@@ -61,7 +62,7 @@ def test_a_line_holds_what_was_scored(small, tmp_path, monkeypatch, evaluate):
              'split': 'val', 'images': '5', 'scales': '0.5 1.0',
              'flip': 'True', 'window': '0', 'inference': 'folded',
              'mean_over': '', 'git': utils.git_hash(), 'stride': '16',
-             'parent': utils.forked_from().get('parent', '')}
+             'parent': utils.forked_from().get('parent', ''), 'stages': '3'}
     assert {name: first[name] for name in known} == known
     assert float(first['mIoU']) == pytest.approx(result['mIoU'], abs=1e-6)
     assert 0 < float(first['seconds']) < 60
@@ -78,13 +79,22 @@ def test_a_line_holds_what_was_scored(small, tmp_path, monkeypatch, evaluate):
     with open('results.csv', 'rb+') as file:    # an editor left no newline
         file.seek(-1, 2)
         file.truncate()
-    evaluate('a.pth', 'EVAL_SCALES=1', 'EVAL_FLIP=False')
-    assert [row['scales'] for row in read_lines()] == (
-        2 * ['0.5 1.0'] + 2 * ['1.0'])
+    evaluate('a.pth', 'EVAL_SCALES=1', 'EVAL_FLIP=False', 'STAGE_NUM_EVAL=5')
+    assert [(row['scales'], row['stages']) for row in read_lines()] == (
+        2 * [('0.5 1.0', '3')] + 2 * [('1.0', '5')])
     for name in ('confusion', 'classes'):
         with Image.open(f'logdir/eval/a/{name}.png') as page:
             assert page.format == 'PNG' and min(page.size) > 150
             page.load()
+
+
+def test_a_network_without_a_unit_has_no_stages(small, evaluate):
+    settings.HEAD = 'no_ema'
+    torch.save({'net': heads.build_network().state_dict(), 'step': 1,
+                'settings': settings.as_dict()}, 'a.pth')
+    settings.HEAD = 'ema'
+    evaluate('a.pth', 'STAGE_NUM_EVAL=5')
+    assert [row['stages'] for row in read_lines()] == ['']
 
 
 def append_twenty(number):

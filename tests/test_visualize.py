@@ -239,6 +239,21 @@ def test_class_without_iou_is_a_dash_beside_the_axes():
     assert 0 < ink[0] < ink[1] / 4
 
 
+def test_averaged_curves_are_dashed_in_their_colour(monkeypatch):
+    rise, flat = np.array([(1, 2.0), (5, 3.0)]), np.array([(1, 4.0), (5, 4.0)])
+    curves = {'a': rise, 'a, average': flat, 'b': rise + (0, 1)}
+    assert min(visualize.plot_curves(curves, 'step', '%').shape[:2]) > 300
+    monkeypatch.setattr(visualize, 'render', lambda figure: figure)
+    axes = visualize.plot_curves(curves, 'step', 'mIoU, %').axes[0]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ('step', 'mIoU, %')
+    assert [text.get_text() for text in axes.get_legend().texts] == [*curves]
+    a, average, b = axes.lines
+    for line, points in zip(axes.lines, curves.values(), strict=True):
+        assert np.array_equal(line.get_xydata(), points)
+    assert a.get_color() == average.get_color() != b.get_color()
+    assert [line.get_linestyle() for line in axes.lines] == ['-', '--', '-']
+
+
 def test_charts_are_titled_with_their_unit(monkeypatch):
     monkeypatch.setattr(visualize, 'render', lambda figure: figure)
     confusion = visualize.plot_confusion(np.eye(2), ['a', 'b'])

@@ -37,7 +37,9 @@ ROWS = {'ResNet': ({'HEAD': 'fcn'}, (190.6, 2603.0, 42.6)),
         'EMANet 512': ({'HEAD': 'ema', 'EM_CHANNELS': 512},
                        (43.1, 22.1, 10.0)),
         'non-local': ({'HEAD': 'nonlocal', 'EM_CHANNELS': 512},
-                      (None, None, None))}
+                      (None, None, None)),
+        'no unit': ({'HEAD': 'no_ema', 'EM_CHANNELS': 512},
+                    (None, None, None))}
 COUNTS = ('Table 1: MACs (G)', 'memory (M)', 'params (M)',
           "paper's conventions: MACs (G)", 'params (M)', 'as built: MACs (G)',
           'params (M)', 'activations (M)')
