@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 import settings
 import utils
 from lib import images
+from lib.backbones import complete_settings
 from lib.distributed import (
     count_workers,
     inherit_socket_folder,
@@ -422,6 +423,7 @@ def main():
     parser = utils.make_parser(__doc__, settings.describe())
     settings.override_all(parser.parse_known_args()[1])
     settings.validate()
+    complete_settings()
     data = Segmentation(settings.TRAIN_SPLIT, train=True)
     names, colours = images.read_classes(data.root, data.n_classes)
     data.scan_labels(lambda results: utils.progress(

@@ -32,16 +32,31 @@ import network
 import settings
 import utils
 from lib import visualize
+from lib.backbones import grid_extra
 from lib.checkpoint import (
     check_writable,
     find_checkpoint,
     get_classes,
     load_strict,
 )
-from lib.cost import available_memory
 from lib.distributed import describe_device, join, leave, pick_devices_for
 from lib.download import file_hash
+from lib.folding import fold_batch_norm
 from lib.images import read_classes
+from lib.inference import (  # noqa: F401
+    MAX_WHOLE,
+    best_classes,
+    infer,
+    pad_to_grid,
+    padded_size,
+    predict_classes,
+    predict_logits,
+    predict_scores,
+    resize,
+    scaled_size,
+    sum_loss,
+    window_size,
+)
 from lib.recorded import adopt_data, report_folder
 from lib.results import (
     RESULTS,
@@ -52,152 +67,10 @@ from lib.results import (
 )
 from utils import UserError
 
-MAX_WHOLE = 2 ** 23          # pixels; larger images use a sliding window even
-#                              with EVAL_WINDOW=0 (Cityscapes at scale 2 fits)
 MAX_BATCH = 2 ** 22          # pixels of a batch on a GPU, at the largest scale
-DEFAULT_WINDOW = 513         # its side then
 SHOWN_BASES = 8              # of which attention maps are drawn
-_log_once = functools.cache(utils.log)
 MOVED = {'--submit': 'python -m tools.submit',
          '--compare': 'python -m tools.compare_runs DIR'}
-
-
-# ------------------------------------------------- one image
-def predict_logits(net, image):
-    """Return net's logits (b, n, H, W) of a normalised image (b, 3, H, W),
-    which is padded for it."""
-    height, width = image.shape[-2:]
-    return net(pad_to_grid(image))[..., :height, :width]
-
-
-def pad_to_grid(image):
-    """Return a normalised image (b, 3, H, W) padded on the right and at the
-    bottom with 0, the mean colour, to k * STRIDE + 1 pixels: with aligned
-    corners any other size would shift the prediction."""
-    down, right = (-(size - 1) % settings.STRIDE for size in image.shape[-2:])
-    return F.pad(image, (0, right, 0, down))
-
-
-def scaled_size(size, scale):
-    """Return the size (H', W') of an image of size (H, W) when scaled."""
-    return [max(1, round(side * scale)) for side in size]
-
-
-def resize(x, size):
-    """Return x (b, c, h, w) at another size, on the half-pixel grid."""
-    if x.shape[-2:] == tuple(size):
-        return x
-    return F.interpolate(x, size, mode='bilinear', align_corners=False)
-
-
-def infer(net, image, scales=(1.0,), flip=False):
-    """Return class probabilities, averaged over the scales and, with flip,
-    over the left-right flip.
-
-    Args:
-        net: image (b, 3, H, W) to logits, such as prepare_network returns.
-        image: normalised, float (b, 3, H, W).
-        scales: the image is resized by each, and its probabilities resized
-            back, on the half-pixel grid of the training data.
-        flip: average over the flipped image too.
-    Returns: (b, n, H, W), 0..1.
-    Raises: UserError where that does not fit into memory.
-    """
-    size, total = image.shape[-2:], None
-    side = window_size(size, scales) or math.inf
-    check_memory(image.shape, image.device, scales)
-    for scale in scales:
-        scaled = resize(image, scaled_size(size, scale))
-        prob = resize(sliding_window(net, scaled, side, flip), size)
-        total = prob if total is None else total.add_(prob)
-        del prob                # the next scale needs the memory
-    return total.div_(len(scales))
-
-
-def predict_classes(net, image, scales=(1.0,), flip=False):
-    """Return the most probable class of each pixel, (b, H, W) uint8; see
-    infer."""
-    has_window = window_size(image.shape[-2:], scales) > 0
-    if has_window and len(image) > 1:   # large ones: one after the other
-        return torch.cat([predict_classes(net, one, scales, flip)
-                          for one in image.split(1)])
-    if tuple(scales) == (1.0,) and not flip and not has_window:
-        check_memory(image.shape, image.device, scales)
-        score = predict_logits(net, image)      # no softmax is needed
-    else:
-        score = infer(net, image, scales, flip)
-    # on a CPU several times as fast as argmax(1)
-    return score.max(1).indices.to(torch.uint8)
-
-
-# ------------------------------------------------- sliding window
-def window_size(size, scales):
-    """Return the side of the sliding window for an image of size (H, W) at
-    these scales, k * STRIDE + 1; 0: the image is taken whole."""
-    wanted, stride = settings.EVAL_WINDOW, settings.STRIDE
-    side = max(1, math.ceil(((wanted or DEFAULT_WINDOW) - 1) / stride)
-               ) * stride + 1
-    if wanted and max(size) > side:
-        return side
-    if math.prod(scaled_size(size, max(scales))) <= MAX_WHOLE:
-        return 0
-    if not wanted:
-        _log_once(f'above {MAX_WHOLE} pixels, at the largest scale, images '
-                  f'are predicted by a sliding window of {side} x {side}; '
-                  f'EVAL_WINDOW sets its side')
-    return side
-
-
-def window_starts(length, side):
-    """Return where windows begin that lie evenly on a length, the last at
-    its end, each sharing at least a third with the next."""
-    if length <= side:
-        return [0]
-    count = math.ceil((length - side) / (2 * side // 3)) + 1
-    return [i * (length - side) // (count - 1) for i in range(count)]
-
-
-def sliding_window(net, image, side, flip=False):
-    """Return class probabilities (b, n, H, W) of an image (b, 3, H, W),
-    predicted in windows of at most side x side pixels and averaged where
-    they overlap; with flip, those of the flipped image too."""
-    b, _, height, width = image.shape
-    total = image.new_zeros(b, settings.N_CLASSES, height, width)
-    count = image.new_zeros(height, width)
-    side = min(side, max(height, width))
-    for is_flipped in (False, True)[:1 + flip]:
-        source = image.flip(3) if is_flipped else image
-        for top in window_starts(height, side):
-            for left in window_starts(width, side):
-                window = source[:, :, top:top + side, left:left + side]
-                prob = predict_logits(net, window).softmax(1)
-                if is_flipped:
-                    prob, left = prob.flip(3), max(0, width - side - left)
-                here = (..., slice(top, top + side), slice(left, left + side))
-                total[here] += prob
-                count[here] += 1
-                del prob        # the next window needs the memory
-    return total.div_(count)
-
-
-def check_memory(shape, device, scales):
-    """Raise UserError unless the memory is there that infer needs for images
-    (b, 3, H, W) of float32 on a CPU: Linux kills a process that takes too
-    much before it sees an error. (A GPU raises one.)"""
-    (b, _, *size), n = shape, settings.N_CLASSES
-    side = window_size(size, scales) or math.inf
-    scaled = scaled_size(size, max(scales))
-    numbers = (n + 7) * math.prod(scaled)   # the sum; image, its flip, count
-    numbers += 2 * n * math.prod(min(x, side) for x in scaled)  # of a window
-    resized = any(scale != 1 for scale in scales) + (len(scales) > 1)
-    numbers += (n * resized + 3) * math.prod(size)  # 3: class, its score
-    needed, free = 4 * b * numbers, available_memory()
-    if device.type == 'cpu' and free is not None and needed > free:
-        raise UserError(
-            f'images of {size[1]} x {size[0]} pixels in {n} classes, {b} at '
-            f'once at EVAL_SCALES={tuple(scales)}, need {needed / 1e9:.1f} GB '
-            f'of memory, {free / 1e9:.1f} GB are free; make them smaller, or '
-            f'name fewer, smaller scales')
 
 
 # ------------------------------------------------- a split
@@ -208,7 +81,7 @@ def prepare_network(net):
     net.eval()
     if settings.INFERENCE == 'plain':
         return lambda image: net(image.contiguous())
-    folded = network.fold_batch_norm(net)
+    folded = fold_batch_norm(net)
     if settings.INFERENCE == 'folded':
         return folded
     if settings.INFERENCE == 'compiled':
@@ -237,15 +110,6 @@ def eval_batch_size(device, size):
     return max(1, min(8, MAX_BATCH // pixels))
 
 
-def padded_size(size):
-    """Return the size (H, W) that an image of a size is padded to, if it is
-    predicted once and whole; else its own."""
-    s = settings
-    if tuple(s.EVAL_SCALES) != (1,) or s.EVAL_FLIP or window_size(size, (1,)):
-        return size
-    return tuple(side + -(side - 1) % s.STRIDE for side in size)
-
-
 def check_labels(data):
     """Check a split's class names against N_CLASSES and, in the first
     process, read every label. Raises UserError."""
@@ -261,11 +125,12 @@ def check_labels(data):
 
 
 @torch.no_grad()
-def predictions(net, data):
-    """Yield (classes (b, H, W) uint8, label, IDs) of this process's share of
-    a split, on the net's device, at EVAL_SCALES and EVAL_FLIP; smaller images
-    of a batch are padded, their labels by void. The net is left in evaluation
-    mode."""
+def predicted_scores(net, data):
+    """Yield (scores (b, n, H, W), see predict_scores, label, IDs) of this
+    process's share of a split, on the net's device, at EVAL_SCALES and
+    EVAL_FLIP; smaller images of a batch are padded, their labels by void. The
+    net is left in evaluation mode."""
+    s = settings
     device, run = get_device(net), prepare_network(net)
     batch_size, sizes = functools.partial(eval_batch_size, device), []
     if batch_size((1, 1)) > 1:
@@ -281,23 +146,46 @@ def predictions(net, data):
         for one, name in zip(image, ids):       # pad_to_grid pads with 0
             height, width = size_of.get(name, one.shape[1:])
             one[:, height:], one[:, :, width:] = 0, 0
-        yield predict_classes(run, image, settings.EVAL_SCALES,
-                              settings.EVAL_FLIP), label, ids
+        is_large = window_size(image.shape[-2:], s.EVAL_SCALES) > 0
+        count = 1 if is_large else len(ids)     # so many at once
+        for i in range(0, len(ids), count):
+            yield (predict_scores(run, image[i:i + count], s.EVAL_SCALES,
+                                  s.EVAL_FLIP),
+                   label[i:i + count], ids[i:i + count])
         bar.update(len(ids) * utils.world())
     bar.close()
 
 
-def evaluate(net, data):
-    """Return the confusion matrix (n, n) int64, rows label, of a net on a
-    split, which all processes share; the net is left in evaluation mode."""
-    n = settings.N_CLASSES
-    confusion = torch.zeros(n, n, dtype=torch.int64, device=get_device(net))
-    for pred, label, _ in predictions(net, data):
-        confusion += utils.confusion_matrix(pred, label, n,
-                                            settings.IGNORE_LABEL)
+def predictions(net, data):
+    """Yield (classes (b, H, W) uint8, label, IDs); see predicted_scores."""
+    for score, label, ids in predicted_scores(net, data):
+        pred = best_classes(score)
+        del score               # the next ones need the memory
+        yield pred, label, ids
+
+
+def measure(net, data):
+    """Return (confusion matrix (n, n) int64, rows label; mean cross-entropy of
+    the labelled pixels) of a net on a split, which all processes share; the
+    net is left in evaluation mode."""
+    s, n, device = settings, settings.N_CLASSES, get_device(net)
+    confusion = torch.zeros(n, n, dtype=torch.int64, device=device)
+    loss = torch.zeros((), device=device, dtype=(
+        torch.float32 if device.type == 'mps' else torch.float64))
+    for score, label, _ in predicted_scores(net, data):
+        confusion += utils.confusion_matrix(best_classes(score), label, n,
+                                            s.IGNORE_LABEL)
+        loss += sum_loss(score, label, s.EVAL_SCALES, s.EVAL_FLIP)
+        del score               # the next ones need the memory
     if utils.world() > 1:
         dist.all_reduce(confusion)
-    return confusion.cpu()
+        dist.all_reduce(loss)
+    return confusion.cpu(), float(loss) / max(1, int(confusion.sum()))
+
+
+def evaluate(net, data):
+    """Return the confusion matrix of a net on a split; see measure."""
+    return measure(net, data)[0]
 
 
 # ------------------------------------------------- attention maps
@@ -353,8 +241,9 @@ def map_on_pixels(z, image):
     """Return a map (h, w) of `attention` on the pixels of its image (1, 3, H,
     W), as an array (H, W)."""
     height, width = image.shape[-2:]
-    return network.upsample(z[None, None], pad_to_grid(image).shape[-2:])[
-        0, 0, :height, :width].cpu().numpy()
+    size = pad_to_grid(image).shape[-2:]
+    z = network.upsample(z[None, None], size, grid_extra() == 1)
+    return z[0, 0, :height, :width].cpu().numpy()
 
 
 def select_diverse_bases(z):
@@ -373,12 +262,12 @@ def select_diverse_bases(z):
 def score(net, data, names):
     """Score a net on a split and log it; return the result as eval.json has
     it."""
-    confusion = evaluate(net, data)
+    confusion, loss = measure(net, data)
     result = utils.scores(confusion, settings.EVAL_CLASSES)
     classes = {name: dict(zip(names, result.pop(name)))
                for name in utils.PER_CLASS}
     log_scores(classes, result)
-    return {**result, 'classes': classes.pop('IoU'), **classes,
+    return {**result, 'loss': loss, 'classes': classes.pop('IoU'), **classes,
             'confusion': confusion.tolist()}
 
 

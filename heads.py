@@ -17,6 +17,7 @@ from torch import nn
 
 import network
 import settings
+from lib import backbones
 from lib.checkpoint import OnnxNetwork, load_strict, read_checkpoint
 from lib.cost import complexity
 from lib.recorded import adopt_network
@@ -36,7 +37,8 @@ class Segmenter(nn.Module):
     def forward(self, image):
         """Return logits (b, n_classes, H, W) of image (b, 3, H, W)."""
         x = self.fc(self.extractor(image))              # (b, n_classes, h, w)
-        return network.upsample(x, image.shape[-2:])    # (b, n_classes, H, W)
+        return network.upsample(x, image.shape[-2:],    # (b, n_classes, H, W)
+                                self.extractor.align_corners)
 
 
 def classifier(c, n_classes, dropout):
@@ -78,8 +80,7 @@ class DeepLabV3Plus(nn.Module):
         super().__init__()
         self.extractor = extractor
         self.aspp = aspp(extractor.channels, stride)
-        c = extractor[5][0].conv1.in_channels           # of layer1
-        self.low = network.ConvBNReLU(c, 48, 1)
+        self.low = network.ConvBNReLU(extractor.low_channels, 48, 1)
         self.decoder = nn.Sequential(network.ConvBNReLU(256 + 48, 256),
                                      network.ConvBNReLU(256, 256))
         self.fc = classifier(256, n_classes, dropout)
@@ -88,9 +89,11 @@ class DeepLabV3Plus(nn.Module):
         """Return logits (b, n_classes, H, W) of image (b, 3, H, W)."""
         low, x = self.extractor(image, low=True)
         low = self.low(low)                         # (b, 48, H / 4, W / 4)
-        x = network.upsample(self.aspp(x), low.shape[-2:]).to(low.dtype)
-        x = self.fc(self.decoder(torch.cat([x, low], 1)))
-        return network.upsample(x, image.shape[-2:])    # (b, n_classes, H, W)
+        align_corners = self.extractor.align_corners
+        x = network.upsample(self.aspp(x), low.shape[-2:], align_corners)
+        x = self.fc(self.decoder(torch.cat([x.to(low.dtype), low], 1)))
+        return network.upsample(x, image.shape[-2:],    # (b, n_classes, H, W)
+                                align_corners)
 
 
 class PSA(nn.Module):
@@ -186,21 +189,26 @@ class NonLocal(nn.Module):
 
 # ------------------------------------------------- by the settings
 def build_network():
-    """Return the network that the settings describe, weights as drawn."""
+    """Return the network that the settings describe, weights as drawn. What
+    they leave to the backbone is settled (lib/backbones.py)."""
     s = settings
+    backbones.complete_settings()
+    extractor = (backbones.Encoder(s.BACKBONE, s.STRIDE) if s.BACKBONE else
+                 network.ResNet(s.N_LAYERS, s.STRIDE, s.STEM))
     if s.HEAD in ('ema', 'no_ema'):
         net = network.EMANet(
             s.N_CLASSES, s.N_LAYERS, s.STRIDE, s.STEM, s.EM_CHANNELS,
             s.EM_BASES, s.STAGE_NUM, s.STAGE_NUM_EVAL, s.EM_KEEP, s.EM_NORM,
-            s.EM_GRAD, s.EM_MOM, s.DROPOUT)
+            s.EM_GRAD, s.EM_MOM, s.DROPOUT, extractor=extractor)
         if s.HEAD == 'no_ema':          # drawn too: the others' weights stay
             net.emau = nn.Identity()
     elif s.HEAD == 'nonlocal':
         net = network.EMANet(s.N_CLASSES, s.N_LAYERS, s.STRIDE, s.STEM,
-                             s.EM_CHANNELS, dropout=s.DROPOUT)
+                             s.EM_CHANNELS, dropout=s.DROPOUT,
+                             extractor=extractor)
         net.emau = NonLocal(s.EM_CHANNELS)
     else:
-        net = _build_baseline(network.ResNet(s.N_LAYERS, s.STRIDE, s.STEM))
+        net = _build_baseline(extractor)
     network.set_bn_momentum(net, s.BN_MOM)
     return net
 
@@ -209,6 +217,9 @@ def _build_baseline(extractor):
     """Return the network of HEAD on a backbone."""
     s, c = settings, extractor.channels
     if s.HEAD == 'deeplabv3plus':
+        if not extractor.low_channels:
+            raise UserError(f'HEAD={s.HEAD}: BACKBONE={s.BACKBONE} has no '
+                            f'features of stride 4; HEAD=deeplabv3 needs none')
         return DeepLabV3Plus(extractor, s.N_CLASSES, s.STRIDE, s.DROPOUT)
     if s.HEAD == 'deeplabv3':
         return Segmenter(extractor, nn.Sequential(
@@ -235,8 +246,12 @@ def load_network(path, device):
     if path.endswith('.onnx'):
         return _load_onnx(path)
     checkpoint = read_checkpoint(path)
-    adopt_network(checkpoint.get('settings')
-                  or detect_settings(checkpoint['net']), checkpoint, path)
+    recorded = checkpoint.get('settings')
+    if recorded is None:
+        recorded = detect_settings(checkpoint['net'])
+    if isinstance(recorded, dict) and 'N_LAYERS' in recorded:
+        recorded = {'BACKBONE': '', **recorded}     # older ones had none
+    adopt_network(recorded, checkpoint, path)
     net = build_network()
     load_strict(net, checkpoint['net'], path)
     return net.to(device).eval(), checkpoint
@@ -290,7 +305,7 @@ def main():
     settings.override_all(parser.parse_known_args()[1])
     settings.validate()
     s = settings
-    print(f'ResNet-{s.N_LAYERS}, {s.STEM} stem, output stride {s.STRIDE}, '
+    print(f'{backbones.describe_setting()}, output stride {s.STRIDE}, '
           f'{s.CROP_SIZE} x {s.CROP_SIZE} pixels')
     print(f'{"head":14}{"parameters, M":>15}{"MACs, G":>10}')
     for s.HEAD in HEADS:

@@ -10,7 +10,6 @@ pixels.
 """
 import argparse
 import contextlib
-import copy
 import math
 import signal
 
@@ -19,7 +18,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3),
@@ -39,24 +37,27 @@ def to_float32(x):
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def upsample(x, size):
-    """Resize (b, c, h, w) to size (H, W), bilinear, corners aligned, in
-    float32: bfloat16 would be rougher, and slower on a CPU."""
+def upsample(x, size, align_corners=True):
+    """Resize (b, c, h, w) to size (H, W), bilinear, in float32: bfloat16 would
+    be rougher, and slower on a CPU. Corners are aligned, or cells are patches
+    of the image."""
     x = to_float32(x).contiguous()
     if x.is_cuda:
-        return upsample_by_products(x, size)
-    return F.interpolate(x, size, mode='bilinear', align_corners=True)
+        return upsample_by_products(x, size, align_corners)
+    return F.interpolate(x, size, mode='bilinear', align_corners=align_corners)
 
 
-def upsample_by_products(x, size):
+def upsample_by_products(x, size, align_corners=True):
     """Resize as upsample, by matrix products with the weights of the rows and
     the columns. On a GPU the gradient of interpolate is summed by atomics:
     slowly, and in another order each time."""
     with torch.autocast(x.device.type, enabled=False):
         for length in size:         # the last two sides change places twice
             n = x.shape[2]
-            place = torch.linspace(0, n - 1, length, dtype=torch.float64,
-                                   device=x.device)
+            first = 0 if align_corners else (n / length - 1) / 2
+            place = torch.linspace(first, n - 1 - first, length,
+                                   dtype=torch.float64,
+                                   device=x.device).clamp(0, n - 1)
             cells = torch.arange(n, device=x.device)
             weight = 1 - (place - cells[:, None]).abs()     # (n, length)
             x = x.transpose(2, 3) @ weight.clamp(min=0).to(x.dtype)
@@ -129,13 +130,17 @@ class ResNet(nn.Sequential):
         stem: 'deep' (3x3 convolutions 64, 64, 128) or 'plain' (7x7, 64).
 
     Attributes:
-        channels: c.
+        channels: c; low_channels: of layer1's features.
+        align_corners: cells lie on the pixels 0, stride, 2 stride, ...
+        can_train_alone: batches of one image can be trained on.
         recompute: activation checkpointing, a block at a time: blocks are
             computed again in the backward pass, for less memory.
 
     Source: the backbone of the 2019 code, key for key. Differs: 18 and 34
     layers, and the plain stem, are ours.
     """
+
+    align_corners = can_train_alone = True
 
     def __init__(self, n_layers, stride=8, stem='deep'):
         _check_choice('N_LAYERS', n_layers, BLOCKS)
@@ -161,7 +166,8 @@ class ResNet(nn.Sequential):
             layers.append(nn.Sequential(*blocks))
         super().__init__(conv, nn.BatchNorm2d(layers[0][0].conv1.in_channels),
                          nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1), *layers)
-        self.channels, self.recompute = c, False
+        self.channels, self.low_channels = c, 64 * block.expansion
+        self.recompute = False
         _init_weights(self)
 
     def forward(self, image, low=False):
@@ -377,21 +383,6 @@ def set_bn_momentum(net, momentum):
             m.momentum = momentum
 
 
-def fold_batch_norm(net):
-    """Return a copy of the net for inference, channels last, with each batch
-    norm folded into the convolution before it; equal to rounding."""
-    net = copy.deepcopy(net).eval().to(memory_format=torch.channels_last)
-    previous_name, previous = '', None
-    for name, part in list(net.named_modules()):
-        if isinstance(part, _BatchNorm) and isinstance(previous, nn.Conv2d):
-            net.set_submodule(previous_name,
-                              fuse_conv_bn_eval(previous, part))
-            net.set_submodule(name, nn.Identity())
-        if not list(part.children()):
-            previous_name, previous = name, part
-    return net
-
-
 class EMANet(nn.Module):
     """Backbone, reduction, EMA unit, classifier: image to logits.
 
@@ -401,6 +392,7 @@ class EMANet(nn.Module):
     Args:
         n_classes, dropout: of the classifier; channels are dropped whole.
         n_layers, stride, stem: see ResNet.
+        extractor: another backbone, with the face of a ResNet, in its place.
         c, k, stage_num, stage_num_eval, keep, norm, grad, em_mom: see EMAU.
         bn_mom: share of the running statistics replaced (PyTorch's sense).
 
@@ -411,9 +403,9 @@ class EMANet(nn.Module):
     def __init__(self, n_classes, n_layers, stride=8, stem='deep', c=512,
                  k=64, stage_num=3, stage_num_eval=0, keep='moving_avg',
                  norm='l2', grad=False, em_mom=0.9, dropout=0.1,
-                 bn_mom=3e-4):
+                 bn_mom=3e-4, extractor=None):
         super().__init__()
-        self.extractor = ResNet(n_layers, stride, stem)
+        self.extractor = extractor or ResNet(n_layers, stride, stem)
         self.fc0 = ConvBNReLU(self.extractor.channels, c)
         self.emau = EMAU(c, k, stage_num, stage_num_eval, keep, norm, grad,
                          em_mom)
@@ -426,7 +418,8 @@ class EMANet(nn.Module):
         normalised by mean and std."""
         x = self.fc0(self.extractor(image))                     # (b, c, h, w)
         x = self.fc2(self.fc1(self.emau(x)))            # (b, n_classes, h, w)
-        return upsample(x, image.shape[-2:])            # (b, n_classes, H, W)
+        return upsample(x, image.shape[-2:],            # (b, n_classes, H, W)
+                        self.extractor.align_corners)
 
 
 def main():

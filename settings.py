@@ -14,8 +14,9 @@ ALLOW_OVERLAP = False        # True: these two may share images, as trainval
 #                              and val do
 N_CLASSES = 21               # classes, background included, void not
 IGNORE_LABEL = 255           # label value of void pixels: no loss, no score
-MEAN = (0.485, 0.456, 0.406)  # of R, G, B in 0..1, subtracted
-STD = (0.229, 0.224, 0.225)  # of R, G, B in 0..1, divided by
+MEAN = (0.485, 0.456, 0.406)  # of R, G, B in 0..1, subtracted; (): as the
+#                              backbone's own weights were trained with
+STD = (0.229, 0.224, 0.225)  # of R, G, B in 0..1, divided by; (): as MEAN
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)  # training scales, one drawn
 COLOR_JITTER = 0.0           # brightness, contrast and saturation by factors
 #                              of 1 -+ this, hue by a quarter of it; 0: off
@@ -27,13 +28,16 @@ CACHE = False                # True: decode a small set once, into memory
 HEAD = 'ema'                 # 'ema' (EMANet), 'no_ema' (the same without its
 #                              unit), 'nonlocal', 'fcn' (a classifier alone),
 #                              'deeplabv3', 'deeplabv3plus', 'psa'
+BACKBONE = ''                # an encoder of timm, as 'convnext_tiny'; '': the
+#                              paper's ResNet, by N_LAYERS and STEM
 N_LAYERS = 101               # of the ResNet: 18, 34, 50, 101, 152
 STEM = 'deep'                # 'deep' (three 3x3), 'plain' (torchvision's 7x7)
-STRIDE = 8                   # output stride of the backbone: 8, 16, 32
+STRIDE = 8                   # output stride of the backbone: 8, 16, 32; 14
+#                              is of vision transformers
 DROPOUT = 0.1                # of whole channels before the classifier
 BN_MOM = 3e-4                # share of the running statistics replaced a step
-PRETRAINED = 'auto'          # 'auto' (by N_LAYERS and STEM), a known name
-#                              (docs/data.md lists them), a file, '': none
+PRETRAINED = 'auto'          # 'auto' (by N_LAYERS and STEM, or BACKBONE), a
+#                              known name (docs/data.md), a file, '': none
 PRETRAINED_PARTIAL = False   # True: the file may lack layers; they are named
 INIT_FROM = ''               # a checkpoint whose weights to start from, not
 #                              its schedule; what does not fit is named
@@ -121,9 +125,10 @@ _TABLE = {
     'CACHE': (bool, None, 'machine'),
     'HEAD': (str, ('ema', 'fcn', 'deeplabv3', 'deeplabv3plus', 'psa',
                    'nonlocal', 'no_ema'), 'network'),
+    'BACKBONE': (str, None, 'network'),
     'N_LAYERS': (int, (18, 34, 50, 101, 152), 'network'),
     'STEM': (str, ('deep', 'plain'), 'network'),
-    'STRIDE': (int, (8, 16, 32), 'network'),
+    'STRIDE': (int, (8, 14, 16, 32), 'network'),
     'DROPOUT': (float, '0 to 0.99', 'network'),
     'BN_MOM': (float, '0 to 1', 'network'),
     'PRETRAINED': (str, None, 'run'),
@@ -373,11 +378,17 @@ def _rules(for_training):
     for name in ('DATA_ROOT', 'SCALES', 'EVAL_SCALES', 'MODEL_DIR', 'LOG_DIR'):
         yield globals()[name], f'{name}={globals()[name]}: it cannot be empty'
     for name, value in (('MEAN', MEAN), ('STD', STD)):
-        yield len(value) == 3, f'{name}={value}: it is of R, G and B'
+        yield (len(value) in (0, 3),
+               f'{name}={value}: it is of R, G and B, or ()')
+    yield (BACKBONE or STRIDE != 14,
+           f'STRIDE={STRIDE}: the ResNet has 8, 16 or 32')
     if for_training:
         yield (CROP_SIZE > 2 * STRIDE,
                f'CROP_SIZE={CROP_SIZE} with STRIDE={STRIDE}: at least '
                f'{2 * STRIDE + 1}, for a grid of 3 x 3')
+        yield (not (BACKBONE and PRETRAINED_PARTIAL), f'PRETRAINED_PARTIAL '
+               f'with BACKBONE={BACKBONE}: it is of the ResNet alone; an '
+               f'encoder of timm takes whole files')
         yield (WARMUP < ITER_MAX, f'WARMUP={WARMUP}: it ends before '
                f'ITER_MAX={ITER_MAX}')
         yield (not CLASS_WEIGHTS or len(CLASS_WEIGHTS) == n and any(

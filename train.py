@@ -22,6 +22,7 @@ import time
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import dataset
@@ -32,6 +33,7 @@ import settings
 import utils
 from lib import checkpoint, distributed, run, visualize
 from lib.images import read_classes
+from lib.inference import check_memory, fit_grid
 from lib.logger import Logger
 from lib.optimizer import build_optimizer, param_groups, set_learning_rate
 from lib.pretrained import load_initial_weights
@@ -191,10 +193,15 @@ def check_run(processes):
         checkpoint.find_checkpoint(s.INIT_FROM)
     if s.COMPILE:
         utils.check_compiler('COMPILE=True')
-    if s.CROP_SIZE % s.STRIDE != 1:
-        utils.log(f'warning: CROP_SIZE={s.CROP_SIZE} is not k * STRIDE + 1, '
-                  f'so that training and evaluation see different grids; use '
-                  f'{s.CROP_SIZE // s.STRIDE * s.STRIDE + 1}')
+    settings.validate(for_training=True)    # what build_network has completed
+    if not net.extractor.can_train_alone and s.BATCH_SIZE < 2 * s.ACCUM:
+        raise UserError(f'BACKBONE={s.BACKBONE} with BATCH_SIZE={s.BATCH_SIZE}'
+                        f' and ACCUM={s.ACCUM}: it needs at least 2 images at '
+                        f'a time, for its batch norm')
+    if fit_grid(s.CROP_SIZE) != s.CROP_SIZE:
+        utils.log(f'warning: CROP_SIZE={s.CROP_SIZE} does not fit the '
+                  f"backbone's grid, so that training and evaluation see "
+                  f'different ones; use {fit_grid(s.CROP_SIZE) - s.STRIDE}')
     run.check_folders()
     return net
 
@@ -223,7 +230,7 @@ def open_data(device):
         if val_set:
             eval.check_labels(val_set)
             largest = max(val_set.image_sizes(), key=math.prod)
-            eval.check_memory((1, 3, *largest), device, s.EVAL_SCALES)
+            check_memory((1, 3, *largest), device, s.EVAL_SCALES)
     return train_set, val_set
 
 
@@ -271,8 +278,12 @@ def update_average(average, net, step):
 def set_train_mode(net):
     """Put the net into training mode, but for statistics that are frozen."""
     net.train()
-    if settings.FREEZE:
-        net.extractor.eval()        # only its batch norm has modes
+    if settings.FREEZE == 'backbone':
+        net.extractor.eval()
+    elif settings.FREEZE == 'bn':
+        for part in net.extractor.modules():
+            if isinstance(part, _BatchNorm):
+                part.eval()
 
 
 # ------------------------------------------------- validation
@@ -284,7 +295,9 @@ def validate(nets, data, step, logger):
     metrics, confusions = {}, []
     with torch.compiler.set_stance('force_eager'), utils.without_search():
         for metric, net in nets.items():
-            confusions.append(eval.evaluate(net, data))
+            confusion, loss = eval.measure(net, data)
+            confusions.append(confusion)
+            metrics[metric.replace('mIoU', 'loss')] = loss
             scores = utils.scores(confusions[-1], settings.EVAL_CLASSES)
             metrics[metric] = scores['mIoU']
             metrics.update({

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 import settings
@@ -384,10 +385,27 @@ class GlobalBatchNorm(nn.BatchNorm2d):
         return y
 
 
+class GlobalBatchNormAct(GlobalBatchNorm):
+    """The same, with the dropout and the activation that timm's has."""
+
+    def forward(self, x):                                       # (b, c, h, w)
+        return self.act(self.drop(super().forward(x)))
+
+
 def sync_batch_norm(net):
     """Return the net with batch statistics taken over all processes; its
-    state_dict keeps its keys."""
-    for module in net.modules():
-        if type(module) is nn.BatchNorm2d:
-            module.__class__ = GlobalBatchNorm  # same tensors, other forward
+    state_dict keeps its keys. Raises UserError for a batch norm that is
+    unknown here, which would be left out."""
+    for name, module in net.named_modules():
+        if not isinstance(module, _BatchNorm):
+            continue
+        is_plain = type(module) is nn.BatchNorm2d
+        if not is_plain and type(module).__name__ != 'BatchNormAct2d' or (
+                module.weight is None):
+            raise UserError(
+                f'BACKBONE={settings.BACKBONE}: its {name}, a '
+                f'{type(module).__name__}, cannot be taken over several '
+                f'processes; use one (DEVICES), or another backbone')
+        module.__class__ = (GlobalBatchNorm if is_plain else
+                            GlobalBatchNormAct)     # same tensors
     return net

@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import http.client
 import os
+import re
 import urllib.error
 import urllib.request
 
@@ -50,6 +51,22 @@ def download(url, path, expected):
             _download(url, path, expected)
     finally:
         os.close(lock)
+
+
+def read_pointer(url, path):
+    """Return 'sha256:HEX' of the file that a pointer of Git LFS at url is for,
+    '' where that is no pointer. path: where the file will be, for the
+    RunError of a link that is dead."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(
+                url, headers={'User-Agent': 'emanet'}), timeout=60) as reply:
+            text = reply.read(1024).decode(errors='replace')
+    except (OSError, http.client.HTTPException) as error:
+        raise RunError(f'{url} cannot be fetched ({first_line(error)}). Run '
+                       f'again, or get the file by hand and put it at {path}'
+                       ) from None
+    found = re.search(r'^oid (sha256:[0-9a-f]{64})$', text, re.M)
+    return found[1] if found else ''
 
 
 def _download(url, path, expected):

@@ -19,6 +19,8 @@ DESCRIPTIONS = {
     'val_mIoU': 'Mean IoU on VAL_SPLIT, in per cent (log.csv: 0..1).',
     'val_mIoU_average': 'Mean IoU on VAL_SPLIT of the averaged weights '
                         '(AVERAGE), in per cent (log.csv: 0..1).',
+    'val_loss': 'Mean cross-entropy of the labelled pixels of VAL_SPLIT.',
+    'val_loss_average': 'The same of the averaged weights (AVERAGE).',
     'IoU': 'IoU of the class on VAL_SPLIT, in per cent.',
     'IoU_average': 'IoU of the class on VAL_SPLIT, of the averaged weights '
                    '(AVERAGE), in per cent.',
@@ -62,7 +64,8 @@ class Logger:
     """
 
     COLUMNS = ('step', 'loss', 'lr', 'grad_norm', 'val_mIoU',
-               'val_mIoU_average', 'images_per_s')
+               'val_mIoU_average', 'val_loss', 'val_loss_average',
+               'images_per_s')
 
     def __init__(self, folder, start_step=0):
         self.is_silent, self.error = utils.rank() > 0, None

@@ -1,18 +1,26 @@
 """Backbone weights: the known ones, where they are, and strict loading."""
 import difflib
 import os
+import re
 
 import settings
+from lib.backbones import (
+    describe_setting,
+    import_timm,
+    own_normalisation,
+)
 from lib.checkpoint import (
+    check_finite,
     check_keys,
     find_checkpoint,
     load,
     load_matching,
     missing_keys,
     read_checkpoint,
+    summarize_keys,
 )
-from lib.download import check_hash, download
-from utils import RunError, UserError, log
+from lib.download import check_hash, download, read_pointer
+from utils import RunError, UserError, first_line, log
 
 WEIGHTS_DIR = 'models'       # where downloaded weights are kept
 # name: (where, hash). The first three are those of the 2019 recipe (the
@@ -42,6 +50,7 @@ KNOWN = {
     'resnet152-394f9c45': (_TORCH, 'sha256:394f9c45'),
     'resnet152-f82ba261': (_TORCH, 'sha256:f82ba261'),
 }
+_HUB = os.environ.get('HF_ENDPOINT', 'https://huggingface.co')   # a mirror
 # What PRETRAINED=auto means for (STEM, N_LAYERS).
 DEFAULTS = {('deep', 50): 'resnet50-25c4b509',
             ('deep', 101): 'resnet101-2a57e44d',
@@ -70,15 +79,22 @@ def load_initial_weights(net):
 
 def load_pretrained(net):
     """Load the backbone weights that PRETRAINED names into net.extractor."""
-    path = find_weights()
+    s = settings
+    path = find_encoder_weights() if s.BACKBONE else find_weights()
     if path is None:
         log('backbone: random weights' + (
-            '; warning: FREEZE keeps them so' if settings.FREEZE else ''))
+            '; warning: FREEZE keeps them so' if s.FREEZE else ''))
         return
-    missing = load_backbone(net.extractor, load(path), path,
-                            settings.PRETRAINED_PARTIAL)
+    missing = (load_encoder(net.extractor, path) if s.BACKBONE else
+               load_backbone(net.extractor, load(path), path,
+                             s.PRETRAINED_PARTIAL))
     log(f'backbone: {path}' + (
         f'; not in it and so random: {", ".join(missing)}' if missing else ''))
+    for name, value in own_normalisation().items():
+        if getattr(s, name) != value:
+            log(f'warning: {name}={getattr(s, name)}, but weights of '
+                f'{describe_setting()} are trained with {value}, which '
+                f'{name}=() takes')
 
 
 def find_weights():
@@ -158,3 +174,90 @@ def load_backbone(resnet, state, name, is_partial=False):
     for key, value in given.items():
         own[key].copy_(value)               # the backbone's own storage
     return missing_keys(own, given)
+
+
+# ------------------------------------------------- encoders of timm
+def find_encoder_weights():
+    """Return the path of the weights for BACKBONE: a file that PRETRAINED
+    names, or for 'auto' timm's own, fetched into WEIGHTS_DIR if need be; None
+    if none are wanted. Raises UserError, RunError."""
+    name, given = settings.BACKBONE, settings.PRETRAINED
+    if not given:
+        return None
+    for path in (given, os.path.join(WEIGHTS_DIR, given)):
+        if os.path.isfile(path):
+            return path
+    if given != 'auto':
+        raise UserError(f'PRETRAINED={given} is no file, here or in '
+                        f'{WEIGHTS_DIR}; for BACKBONE={name} name a '
+                        f'.safetensors or .pth, or set PRETRAINED=auto')
+    about = import_timm(name).get_pretrained_cfg(name)
+    if about.hf_hub_id:
+        file = about.hf_hub_filename or 'model.safetensors'
+        url, pointer = (f'{_HUB}/{about.hf_hub_id}/{kind}/main/{file}'
+                        for kind in ('resolve', 'raw'))
+        file = (about.hf_hub_id.rpartition('/')[2]
+                + os.path.splitext(file)[1])
+    elif (about.url or '').endswith(('.pth', '.pt', '.safetensors')):
+        url, pointer, file = about.url, '', os.path.basename(about.url)
+    else:
+        raise UserError(f'PRETRAINED=auto: timm publishes no weights of '
+                        f'{name}; name a file, or set PRETRAINED= for none')
+    path = os.path.join(WEIGHTS_DIR, file)
+    if not os.path.exists(path):
+        try:
+            digits = re.search(r'-([0-9a-f]{8,})\.', os.path.basename(url))
+            download(url, path, read_pointer(pointer, path) if pointer else
+                     f'sha256:{digits[1]}' if digits else '')
+        except RunError as error:
+            raise RunError(f'{error}, or set PRETRAINED= (random weights)'
+                           ) from None
+    return path
+
+
+def load_encoder(encoder, path):
+    """Load a file of weights into a backbones.Encoder.
+
+    The whole classifier of timm takes them, strictly and with timm's own
+    conversion of older keys; the encoder has its tensors from there. Raises
+    UserError that lists what is missing, unknown or of another shape.
+    """
+    s = settings
+    state = (read_checkpoint(path)['net'] if path.endswith('.safetensors')
+             else load(path))
+    for name in ('state_dict', 'model'):        # of timm's own training
+        state = state.get(name, state) if isinstance(state, dict) else state
+    timm = import_timm(s.BACKBONE)
+    try:
+        whole = timm.create_model(
+            s.BACKBONE, pretrained=True,
+            pretrained_cfg_overlay={'state_dict': dict(state)})
+    except (RuntimeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f'{path} is not of BACKBONE={s.BACKBONE}: '
+                        f'{_explain(error)}') from None
+    given = {_flat(key): value for key, value in whole.state_dict().items()}
+    check_finite(given, path)
+    own = encoder.net.state_dict()
+    encoder.net.load_state_dict({
+        key: given[_flat(key.removeprefix('model.'))] for key in own})
+
+
+def _flat(key):
+    """Return a key as it is in nets with and without nested parts: timm
+    writes stages_0 for stages.0."""
+    return key.replace('.', '_')
+
+
+def _explain(error):
+    """Return in words what load_state_dict says on many lines."""
+    parts, lines = [], str(error).splitlines()
+    for what, start in (('it lacks', 'Missing key'),
+                        ('it has, unknown to that, ', 'Unexpected key')):
+        keys = [key for line in lines if start in line
+                for key in re.findall('"([^"]+)"', line)]
+        if keys:
+            parts.append(f'{what} {summarize_keys(keys)}')
+    shapes = re.findall(r'size mismatch for (\S+):', str(error))
+    if shapes:
+        parts.append(f'it has other shapes, {summarize_keys(shapes)}')
+    return '; '.join(parts) or first_line(error)

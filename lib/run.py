@@ -14,6 +14,7 @@ import torch.distributed as dist
 import settings
 import utils
 from lib import signals
+from lib.backbones import describe_setting
 from lib.checkpoint import (
     check_writable,
     load,
@@ -72,7 +73,7 @@ def log_start(net, train_set, val_set, device):
     log(f'classes: {s.N_CLASSES}, {", ".join(names[:8])}'
         + ', ...' * (len(names) > 8))
     n_params = sum(p.numel() for p in net.parameters())
-    log(f'network: HEAD={s.HEAD} on a ResNet-{s.N_LAYERS}, {n_params:,} '
+    log(f'network: HEAD={s.HEAD} on {describe_setting()}, {n_params:,} '
         f'parameters')
     epoch = n // s.BATCH_SIZE
     log(f'schedule: {plural(s.ITER_MAX, "step")} of '

@@ -124,7 +124,8 @@ def test_the_result_on_file(small, monkeypatch, capsys):
     assert result['mIoU'] == pytest.approx(np.mean(iou))
     assert result['classes']['disc'] == pytest.approx(iou[0])
     assert set(result) == {'mIoU', 'pAcc', 'mAcc', 'fIoU', 'mF1', 'classes',
-                           'precision', 'recall', 'F1', 'confusion', 'scored'}
+                           'precision', 'recall', 'F1', 'confusion', 'scored',
+                           'loss'}
     hit, label, pred = counts[1, 1], counts[1].sum(), counts[:, 1].sum()
     disc = [iou[0], hit / pred, hit / label, 2 * hit / (label + pred)]
     assert [result[name]['disc'] for name in ('classes', 'precision', 'recall',
@@ -277,7 +278,7 @@ def test_recorded_data_that_is_not_here(other, toy, monkeypatch, capsys):
 def test_what_cannot_be_scored_leaves_nothing(other, toy, monkeypatch, capsys,
                                               tmp_path, words, told):
     """And nothing is predicted."""
-    monkeypatch.setattr(eval, 'evaluate', None)
+    monkeypatch.setattr(eval, 'measure', None)
     first_images(toy, tmp_path / 'seven', 2)
     with open(os.path.join(toy, 'classes.txt')) as file:
         (tmp_path / 'seven' / 'classes.txt').write_text(
@@ -363,3 +364,23 @@ def test_an_option_that_has_moved_names_the_new_command(
     status, line = refused(eval.main, *words, monkeypatch=monkeypatch,
                            capsys=capsys)
     assert status == 2 and line.endswith(f': this is now {command}')
+
+
+@pytest.mark.parametrize('words', ([], ['EVAL_FLIP=True', 'EVAL_SCALES=0.5,1'],
+                                   ['EVAL_WINDOW=33']))
+def test_the_loss_is_the_mean_of_the_labelled_pixels(small, monkeypatch,
+                                                     words):
+    """By hand, from infer's probabilities, void left out."""
+    net = save_network('net.pth')
+    loss = run_eval(monkeypatch, 'net.pth', *words)['loss']
+    run, total, count = eval.prepare_network(net), 0.0, 0
+    data = dataset.Segmentation('val', train=False)
+    for i in range(len(data)):
+        image, label = data.read(i)
+        x = dataset.normalise(torch.from_numpy(image).permute(2, 0, 1)[None],
+                              'cpu')
+        prob = eval.infer(run, x, settings.EVAL_SCALES, settings.EVAL_FLIP)[0]
+        label = torch.from_numpy(label).long()
+        own = prob.gather(0, label[None].clamp(max=5))[0][label != 255]
+        total, count = total - own.log().sum().item(), count + own.numel()
+    assert loss == pytest.approx(total / count, rel=1e-4)

@@ -187,10 +187,10 @@ def test_cudnn_searches_no_kernels_in_a_validation(small, monkeypatch):
     """Whose sizes all differ; afterwards it is as before."""
     found = []
 
-    def evaluate(net, data):
+    def measure(net, data):
         found.append(torch.backends.cudnn.benchmark)
-        return torch.eye(6, dtype=torch.int64)
-    monkeypatch.setattr(eval, 'evaluate', evaluate)
+        return torch.eye(6, dtype=torch.int64), 1.0
+    monkeypatch.setattr(eval, 'measure', measure)
     logger = type('Logger', (), {'add_images': lambda *a: None})()
     net, data = heads.build_network(), dataset.Segmentation('val', False)
     for before in (True, False):
@@ -328,7 +328,7 @@ def test_how_many_images_are_scored_at_once_on_a_gpu():
     ({}, [['a', 'b', 'd'], ['c']]),
     ({'EVAL_FLIP': True}, [['a'], ['b', 'd'], ['c']]),
     ({'EVAL_SCALES': (1.0, 0.5)}, [['a'], ['b', 'd'], ['c']]),
-    ({'EVAL_WINDOW': 33}, [['a'], ['b', 'd'], ['c']])))
+    ({'EVAL_WINDOW': 33}, [['a'], ['b'], ['d'], ['c']])))
 def test_images_padded_to_one_size_are_scored_together(small, tmp_path,
                                                        changes, batches):
     """And each as if it were alone."""

@@ -21,6 +21,7 @@ import network
 import settings
 import train
 from lib.checkpoint import load, load_strict
+from lib.folding import fold_batch_norm
 
 TINY = {'N_LAYERS': 18, 'STEM': 'plain', 'STRIDE': 16, 'CROP_SIZE': 65,
         'EM_CHANNELS': 16, 'EM_BASES': 4, 'N_CLASSES': 5}
@@ -149,7 +150,7 @@ def test_weights_tell_their_settings(n_layers):
 def test_every_head_folds_and_its_state_is_all_of_it(head):
     net = build_tiny(head)
     x = torch.randn(2, 3, 49, 65, dtype=torch.float64)
-    folded = network.fold_batch_norm(net)
+    folded = fold_batch_norm(net)
     assert not [m for m in folded.modules()
                 if isinstance(m, torch.nn.BatchNorm2d)]
     other = heads.build_network().double().eval()

@@ -19,6 +19,7 @@ import heads
 import predict
 import settings
 from conftest import refused
+from lib import inference
 from lib.images import read_any_image
 from training import save_network
 from utils import UserError
@@ -213,7 +214,7 @@ def test_an_image_of_one_window_is_taken_whole(net):
 def test_windows_cover_a_length_evenly():
     for side in (2, 9, 17, 33, 513):
         for length in {1, *range(side - 1, 5 * side, 1 + side // 11), 6001}:
-            starts = eval.window_starts(length, side)
+            starts = inference.window_starts(length, side)
             assert starts[0] == 0
             assert starts[-1] + side == length or starts == [0] >= [
                 length - side]
@@ -228,18 +229,18 @@ def test_only_huge_images_are_windowed_unasked(monkeypatch, capsys):
     assert settings.EVAL_WINDOW == 0
     for size, scales in (((1024, 2048), (0.5, 1.0, 2.0)), ((2448, 3264),
                          (1.0,)), ((513, 513), (1.75,))):
-        assert eval.window_size(size, scales) == 0
+        assert inference.window_size(size, scales) == 0
     assert capsys.readouterr().out == ''
-    eval._log_once.cache_clear()
+    inference._log_once.cache_clear()
     for size, scales in (((4000, 6000), (1.0,)), ((2448, 3264), (1.5, 1.0))):
-        assert eval.window_size(size, scales) == 513
+        assert inference.window_size(size, scales) == 513
     said = capsys.readouterr().out
     assert said.count('\n') == 1 and '513 x 513; EVAL_WINDOW' in said
     settings.EVAL_WINDOW = 900
-    assert eval.window_size((4000, 6000), (1.0,)) == 905
-    assert eval.window_size((905, 400), (1.75,)) == 0
+    assert inference.window_size((4000, 6000), (1.0,)) == 905
+    assert inference.window_size((905, 400), (1.75,)) == 0
     for settings.EVAL_WINDOW in (1, 2, 9):
-        assert eval.window_size((905, 400), (1.0,)) == 9
+        assert inference.window_size((905, 400), (1.0,)) == 9
 
 
 def drawn_image(path):
@@ -334,7 +335,7 @@ def test_memory_is_estimated_by_what_is_taken(net, monkeypatch, window, flip,
     with LiveTensors(x) as tensors:
         do(net, x, scales, flip)
     free = [0.9 * tensors.peak]
-    monkeypatch.setattr(eval, 'available_memory', lambda: free[0])
+    monkeypatch.setattr(inference, 'available_memory', lambda: free[0])
     with pytest.raises(UserError):
         do(net, x, scales, flip)
     free[0] = 3 * tensors.peak
@@ -344,7 +345,7 @@ def test_memory_is_estimated_by_what_is_taken(net, monkeypatch, window, flip,
 @torch.no_grad()
 def test_an_image_that_does_not_fit_is_refused_in_a_line(net, monkeypatch):
     """Before the net is asked for anything."""
-    monkeypatch.setattr(eval, 'available_memory', lambda: 2 ** 20)
+    monkeypatch.setattr(inference, 'available_memory', lambda: 2 ** 20)
     settings.N_CLASSES = 150
     with pytest.raises(UserError) as told:
         eval.infer(None, torch.zeros(1, 3, 300, 400), (0.5, 2.0), True)
@@ -353,7 +354,7 @@ def test_an_image_that_does_not_fit_is_refused_in_a_line(net, monkeypatch):
     for part in ('400 x 300 pixels', '150 classes',
                  'EVAL_SCALES=(0.5, 2.0)', '0.0 GB are free'):
         assert part in text
-    monkeypatch.setattr(eval, 'available_memory', lambda: None)
+    monkeypatch.setattr(inference, 'available_memory', lambda: None)
     settings.N_CLASSES = 5              # a system that does not tell
     eval.infer(net, random_image(1, 3, 30, 40))
 
@@ -361,7 +362,7 @@ def test_an_image_that_does_not_fit_is_refused_in_a_line(net, monkeypatch):
 def test_an_image_that_does_not_fit_ends_a_command(small, toy, monkeypatch,
                                                    capsys):
     save_network()
-    monkeypatch.setattr(eval, 'available_memory', lambda: 1000)
+    monkeypatch.setattr(inference, 'available_memory', lambda: 1000)
     image = os.path.join(toy, 'JPEGImages', 'toy_0000.jpg')
     for main, words in ((eval.main, ['a.pth']),
                         (predict.main, [image, 'a.pth'])):
@@ -374,9 +375,9 @@ def test_an_image_that_does_not_fit_ends_a_command(small, toy, monkeypatch,
 def test_24_megapixels_in_21_classes_need_3_gigabytes(monkeypatch):
     """On a CPU; a GPU tells by itself."""
     shape, cpu = (1, 3, 4000, 6000), torch.device('cpu')
-    monkeypatch.setattr(eval, 'available_memory', lambda: 3.1e9)
-    eval.check_memory(shape, cpu, (1.0,))
-    monkeypatch.setattr(eval, 'available_memory', lambda: 2.9e9)
+    monkeypatch.setattr(inference, 'available_memory', lambda: 3.1e9)
+    inference.check_memory(shape, cpu, (1.0,))
+    monkeypatch.setattr(inference, 'available_memory', lambda: 2.9e9)
     with pytest.raises(UserError, match='6000 x 4000 pixels in 21 classes'):
-        eval.check_memory(shape, cpu, (1.0,))
-    eval.check_memory(shape, torch.device('cuda', 0), (1.0,))
+        inference.check_memory(shape, cpu, (1.0,))
+    inference.check_memory(shape, torch.device('cuda', 0), (1.0,))

@@ -83,8 +83,8 @@ def test_a_resume_takes_over_a_log_of_other_columns(tmp_path):
     (tmp_path / 'log.csv').write_text(
         'step,rate,loss\n1,0.5,0.25\n2,0.5,0.125\n3,0.5,0.1\n')
     assert write_log(tmp_path, 2, [3]) == [
-        ','.join(Logger.COLUMNS), '1,0.25,,,,,', '2,0.125,,,,,',
-        '3,1,0.5,,,,']
+        ','.join(Logger.COLUMNS), '1,0.25,,,,,,,', '2,0.125,,,,,,,',
+        '3,1,0.5,,,,,,']
 
 
 def test_a_disk_that_fills_is_an_error_at_the_end(tmp_path):
@@ -119,7 +119,7 @@ def test_a_disk_with_room_for_a_part_of_a_line(tmp_path):
         logger.log_metrics(1, loss=0.5)
     assert logger.error
     assert (tmp_path / 'log.csv').read_text().endswith('\n1,0')
-    assert write_log(tmp_path, 1, [3])[1:] == ['3,1,0.5,,,,']
+    assert write_log(tmp_path, 1, [3])[1:] == ['3,1,0.5,,,,,,']
 
 
 def test_settings_are_written_beside_the_log(tmp_path):

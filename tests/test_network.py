@@ -17,6 +17,7 @@ import torchvision
 from torch import nn
 
 import network
+from lib.folding import fold_batch_norm
 from lib.pretrained import load_backbone
 from tools.bench import count_saved_bytes
 
@@ -361,7 +362,7 @@ def test_folded_batch_norm_changes_nothing_but_rounding():
             if name.endswith(('running_mean', 'running_var', 'bias')):
                 value.uniform_(0.5, 1.5)
         before = copy.deepcopy(net.state_dict())
-        folded = network.fold_batch_norm(net)
+        folded = fold_batch_norm(net)
         x = torch.randn(1, 3, 33, 49, dtype=torch.float64)
         with torch.no_grad():
             want = net.eval()(x)

@@ -21,7 +21,7 @@ import predict
 import settings
 import utils
 from conftest import refused
-from lib import visualize
+from lib import inference, visualize
 from lib.images import read_any_image, read_classes, read_label
 from lib.video import OverlayVideo
 
@@ -230,7 +230,7 @@ def test_an_image_too_large_for_the_memory_stops_nothing(net, command,
                                                          monkeypatch):
     for name, size in (('a', (40, 40)), ('b', (80, 80)), ('c', (40, 40))):
         write_image(f'set/{name}.png', size)
-    monkeypatch.setattr(eval, 'available_memory', lambda: 300_000)
+    monkeypatch.setattr(inference, 'available_memory', lambda: 300_000)
     status, text = command('set', 'a.pth', '--probabilities')
     assert status == 1 and '1 of 3 files could not be segmented' in text
     assert '\n  predictions/b.png: images of 80 x 80 pixels in 6' in text

@@ -227,7 +227,7 @@ def test_every_setting_is_in_the_table_and_its_default_valid():
 def test_a_choice_is_refused_with_the_choices(name):
     wanted = ', '.join(map(repr, settings.choices(name)))
     for value in settings.choices(name):
-        vars(settings)[name] = value
+        vars(settings).update({name: value, 'BACKBONE': 'of timm'})
         settings.validate()
     other = 'other' if settings._TABLE[name][0] is str else 1
     invalid(name, other, f'{name}={other}: it can be {wanted}')
@@ -308,7 +308,8 @@ def test_describe_is_the_sections_of_the_file():
     assert [line.split()[0] for line in lines if line[:2] == '  '
             and line[2] != ' '] == list(settings.as_dict())
     text = ' '.join(' '.join(lines).split())
-    for part in ('STRIDE = 8 output stride of the backbone: 8, 16, 32 DROP',
+    for part in ('STRIDE = 8 output stride of the backbone: 8, 16, 32; 14 is '
+                 'of vision transformers DROP',
                  'LR = 0.5 learning rate at the start; of biases twice that '
                  '(0 to 1,000,000) OPTIMIZER',
                  "alone ('cross_entropy', 'ohem') OHEM_THRESHOLD",
@@ -388,7 +389,8 @@ def test_adopt_command_line_then_checkpoint_then_file():
 
 OTHER_NETWORK = {
     'N_CLASSES': 3, 'MEAN': (0.5, 0.5, 0.5), 'STD': (0.5, 0.5, 0.5),
-    'HEAD': 'fcn', 'N_LAYERS': 18, 'STEM': 'plain', 'STRIDE': 16,
+    'HEAD': 'fcn', 'BACKBONE': 'vgg11', 'N_LAYERS': 18, 'STEM': 'plain',
+    'STRIDE': 16,
     'DROPOUT': 0.5, 'BN_MOM': 0.5, 'EM_CHANNELS': 8, 'EM_BASES': 8,
     'STAGE_NUM': 1, 'STAGE_NUM_EVAL': 1, 'EM_KEEP': 'fixed', 'EM_MOM': 0.5,
     'EM_NORM': 'none', 'EM_GRAD': True, 'CROP_SIZE': 65}
