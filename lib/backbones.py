@@ -215,13 +215,12 @@ def _cell_offset(net, stride):
     layers, hooks = {}, []          # {stride so far: [(stride, offset)]}
 
     def note(part, args, output):
-        reached = round((image.shape[2] - extra)
-                        / max(1, args[0].shape[-2] - extra))
+        reached = round(image.shape[2] / args[0].shape[-2])
         layers.setdefault(reached, []).append(_window(part))
     for part in net.modules():
-        if getattr(part, 'stride', 1) not in (1, (1, 1)):
+        if not [*part.children()] and _window(part)[0] > 1:
             hooks.append(part.register_forward_hook(note))
-    for extra in (1, 0):
+    for extra in (0, 1):            # all strides divide sides of k * stride
         layers.clear()
         image, error = _blank(stride, extra), ''
         try:
@@ -239,7 +238,8 @@ def _cell_offset(net, stride):
             step, offset = min(layers[reached])
         else:                       # patches are merged
             after = min([at for at in layers if at > reached] + [stride])
-            step, offset = after // reached, (after / reached - 1) / 2
+            step = max(2, round(after / reached))
+            offset = (step - 1) / 2
         total, reached = total + reached * offset, reached * step
     return total, ''
 
@@ -249,9 +249,9 @@ def _window(layer):
     input) of a convolution or pooling."""
     step, size, padding, dilation = (
         each[0] if isinstance(each, (tuple, list)) else each
-        for each in (layer.stride, getattr(layer, 'kernel_size', 1),
-                     getattr(layer, 'padding', 0),
-                     getattr(layer, 'dilation', 1)))
+        for each in (getattr(layer, name, default) for name, default in (
+            ('stride', 1), ('kernel_size', 1), ('padding', 0),
+            ('dilation', 1))))
     if hasattr(layer, 'filt_size') or 'Same' in type(layer).__name__:
         return step, 0.0            # timm's, padded by as much as it takes
     return step, dilation * (size - 1) / 2 - padding

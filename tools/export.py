@@ -19,17 +19,19 @@ import tempfile
 import cv2
 import numpy as np
 import torch
+from torch.onnx.errors import OnnxExporterError
 
 import dataset
 import eval
 import heads
 import settings
 import utils
+from lib.backbones import describe_setting
 from lib.checkpoint import OnnxNetwork, encode_metadata, find_checkpoint
 from lib.images import read_any_image, writing
 from lib.integrity import DIGEST, digest
 from predict import check_folder, split_files
-from utils import RunError, UserError, log
+from utils import RunError, UserError, first_line, log
 
 FORMATS = ('.onnx', '.safetensors')
 MIN_AGREEMENT = 0.999        # share of pixels that an ONNX file has to get
@@ -69,10 +71,16 @@ def write_onnx(net, metadata, path, images):
     for module in ('onnx', 'onnxscript', 'onnxruntime'):
         utils.import_optional(module)
     log(f'{path}: the network is traced, which takes up to a minute')
-    program = torch.onnx.export(
-        PaddedNetwork(net).eval(), (torch.zeros(2, 3, 70, 90),), dynamo=True,
-        verbose=False, input_names=['image'], output_names=['logits'],
-        dynamic_shapes={'image': {0: 'batch', 2: 'height', 3: 'width'}})
+    try:
+        program = torch.onnx.export(
+            PaddedNetwork(net).eval(), (torch.zeros(2, 3, 70, 90),),
+            dynamo=True, verbose=False, input_names=['image'],
+            output_names=['logits'],
+            dynamic_shapes={'image': {0: 'batch', 2: 'height', 3: 'width'}})
+    except OnnxExporterError as error:
+        cause = first_line(error.__cause__ or error)
+        raise RunError(f'{path}: {describe_setting()} cannot be exported for '
+                       f'images of any size ({cause[:200]})') from None
     program.model.metadata_props.update(metadata)
     with tempfile.TemporaryDirectory() as folder:
         part = os.path.join(folder, 'net.onnx')
