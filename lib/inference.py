@@ -21,25 +21,29 @@ _log_once = functools.cache(log)
 
 
 # ------------------------------------------------- padding, scaling
-def predict_logits(net, image):
+def predict_logits(net, image, extra=None):
     """Return net's logits (b, n, H, W) of a normalised image (b, 3, H, W),
-    which is padded for it."""
+    which is padded for it. extra: see fit_grid."""
     height, width = image.shape[-2:]
-    return net(pad_to_grid(image))[..., :height, :width]
+    return net(pad_to_grid(image, extra))[..., :height, :width]
 
 
-def pad_to_grid(image):
+def pad_to_grid(image, extra=None):
     """Return a normalised image (b, 3, H, W) padded on the right and at the
     bottom with 0, the mean colour, to the size that fits the backbone's grid:
-    with any other the prediction would be shifted."""
-    down, right = (fit_grid(size) - size for size in image.shape[-2:])
+    with any other the prediction would be shifted. extra: see fit_grid."""
+    down, right = (fit_grid(size, extra) - size for size in image.shape[-2:])
     return F.pad(image, (0, right, 0, down))
 
 
-def fit_grid(side):
+def fit_grid(side, extra=None):
     """Return the least side, pixels, from this on, that fits the backbone's
-    grid: k * STRIDE + 1, or k * STRIDE of patches (lib/backbones.py)."""
-    return side + (grid_extra() - side) % settings.STRIDE
+    grid: k * STRIDE + 1, or k * STRIDE of patches (lib/backbones.py).
+
+    extra: grid_extra(), where it is known.
+    """
+    extra = grid_extra() if extra is None else extra
+    return side + (extra - side) % settings.STRIDE
 
 
 def padded_size(size):

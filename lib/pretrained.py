@@ -250,9 +250,11 @@ def _flat(key):
 
 def _explain(error):
     """Return in words what load_state_dict says on many lines."""
+    if isinstance(error, KeyError):     # timm's conversion of older keys
+        return f'it lacks {error.args[0]}'
     parts, lines = [], str(error).splitlines()
     for what, start in (('it lacks', 'Missing key'),
-                        ('it has, unknown to that, ', 'Unexpected key')):
+                        ('it has, unknown to that,', 'Unexpected key')):
         keys = [key for line in lines if start in line
                 for key in re.findall('"([^"]+)"', line)]
         if keys:

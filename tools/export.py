@@ -26,7 +26,7 @@ import eval
 import heads
 import settings
 import utils
-from lib.backbones import describe_setting
+from lib.backbones import describe_setting, grid_extra
 from lib.checkpoint import OnnxNetwork, encode_metadata, find_checkpoint
 from lib.images import read_any_image, writing
 from lib.integrity import DIGEST, digest
@@ -44,10 +44,10 @@ class PaddedNetwork(torch.nn.Module):
 
     def __init__(self, net):
         super().__init__()
-        self.net = net
+        self.net, self.extra = net, grid_extra()
 
     def forward(self, image):
-        return eval.predict_logits(self.net, image)
+        return eval.predict_logits(self.net, image, self.extra)
 
 
 def write_safetensors(net, metadata, path):
