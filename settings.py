@@ -105,6 +105,8 @@ DEVICES = []                 # GPUs by number, a process each; -1: the CPU;
 ITER_SAVE = 2000             # step_N.pth; latest.pth ten times as often
 MODEL_DIR = 'models'         # checkpoints
 LOG_DIR = 'logdir'           # TensorBoard's events, log.csv, eval.json
+WANDB = ''                   # a project of Weights & Biases, which shows the
+#                              same as TensorBoard; '': none
 
 # ------------------------------------------------- the table of settings
 # name: (type, choices or range, what it is about). 'network': a checkpoint
@@ -179,6 +181,7 @@ _TABLE = {
     'ITER_SAVE': (int, '1 to 100,000,000', 'machine'),
     'MODEL_DIR': (str, None, 'machine'),
     'LOG_DIR': (str, None, 'machine'),
+    'WANDB': (str, None, 'machine'),
 }
 _RENAMED = {'OHEM_LEAST': 'OHEM_MIN_KEPT',
             'CLASS_WEIGHTS=auto': 'BALANCE_CLASSES=True'}
@@ -371,6 +374,7 @@ def _is_allowed(value, allowed):
 def _rules(for_training):
     """Yield (whether it holds, what to say if not) of the rules between
     settings."""
+    import re
     n = N_CLASSES
     yield (len({*EVAL_CLASSES} & {*range(n)}) == len(EVAL_CLASSES),
            f'EVAL_CLASSES={EVAL_CLASSES}: classes are 0 to {n - 1}, each once '
@@ -380,6 +384,9 @@ def _rules(for_training):
     for name, value in (('MEAN', MEAN), ('STD', STD)):
         yield (len(value) in (0, 3),
                f'{name}={value}: it is of R, G and B, or ()')
+    yield (not WANDB or re.fullmatch(r'([-\w.]+/)?[-\w.]{1,128}', WANDB, re.A),
+           f'WANDB={WANDB}: it is PROJECT or ENTITY/PROJECT, of letters, '
+           f'digits, -, _ and .')
     yield (BACKBONE or STRIDE != 14,
            f'STRIDE={STRIDE}: the ResNet has 8, 16 or 32')
     if for_training:

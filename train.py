@@ -31,7 +31,7 @@ import heads
 import network
 import settings
 import utils
-from lib import checkpoint, distributed, run, visualize
+from lib import checkpoint, distributed, run, visualize, wandb_log
 from lib.images import read_classes
 from lib.inference import check_memory, fit_grid
 from lib.logger import Logger
@@ -193,6 +193,8 @@ def check_run(processes):
         checkpoint.find_checkpoint(s.INIT_FROM)
     if s.COMPILE:
         utils.check_compiler('COMPILE=True')
+    if s.WANDB:
+        wandb_log.check()
     settings.validate(for_training=True)    # what build_network has completed
     if not net.extractor.can_train_alone and s.BATCH_SIZE < 2 * s.ACCUM:
         raise UserError(f'BACKBONE={s.BACKBONE} with BATCH_SIZE={s.BATCH_SIZE}'

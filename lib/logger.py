@@ -1,4 +1,5 @@
-"""What a run records: TensorBoard's events, log.csv, settings.json."""
+"""What a run records: TensorBoard's events, log.csv, settings.json; and, where
+WANDB is set, the same in Weights & Biases."""
 import contextlib
 import csv
 import os
@@ -8,6 +9,7 @@ import struct
 import time
 
 import utils
+from lib.wandb_log import WandbLog
 
 # of scalars in TensorBoard, behind their (i); of others, by their group
 DESCRIPTIONS = {
@@ -71,7 +73,8 @@ class Logger:
         self.is_silent, self.error = utils.rank() > 0, None
         if self.is_silent:
             return
-        self.folder = folder
+        self.folder, self.start_step = folder, start_step
+        self.wandb = None
         self.described = set()      # scalars that have an event
         path = os.path.join(folder, 'log.csv')
         events = (f'events.out.tfevents.{time.time():.0f}.'
@@ -146,8 +149,11 @@ class Logger:
     def add_summary(self, summary, step=None):
         """Show in TensorBoard what a function of tensorboardX.summary, such
         as histogram, has returned."""
-        if not self.is_silent:
-            self._add_event(summary=summary, step=step)
+        if self.is_silent:
+            return
+        self._add_event(summary=summary, step=step)
+        if self.wandb:
+            self.wandb.add(summary, step)
 
     # -------------------------------------------- what is recorded
     def log_metrics(self, step, **metrics):
@@ -160,6 +166,8 @@ class Logger:
         self._append(self.csv, (','.join(map(str, cells)) + '\r\n').encode())
         for name, value in metrics.items():
             self._add_scalar(name, value, step)
+        if self.wandb:
+            self.wandb.send(step)
 
     def _add_scalar(self, name, value, step):
         """Show a metric in TensorBoard, an IoU in per cent."""
@@ -190,7 +198,8 @@ class Logger:
 
     def log_settings(self, values):
         """Write the run's settings {name: value}: settings.json beside
-        log.csv, a text in TensorBoard, and its hyper-parameters."""
+        log.csv, a text in TensorBoard, and its hyper-parameters. Start the
+        run in Weights & Biases, where WANDB is set."""
         if self.is_silent:
             return
         from tensorboardX.summary import hparams, text
@@ -206,6 +215,8 @@ class Logger:
             for name, value in values.items()}, {})
         self.add_summary(begin)
         self.check()
+        if values.get('WANDB'):
+            self.wandb = WandbLog(self.folder, values, self.start_step > 0)
 
     def close(self):
         """End the log; raise RunError where a part could not be written."""
@@ -214,6 +225,8 @@ class Logger:
         with self._catching():      # a network's file system, at the latest
             self.csv.close()
             self.events.close()
+        if self.wandb:
+            self.wandb.close()
         self.check()
 
 

@@ -38,7 +38,7 @@ SETTINGS = {
     'EVAL_WINDOW': 0, 'INFERENCE': 'folded', 'EVAL_BATCH': 0,
     'EVAL_CLASSES': (),
     'DEVICES': [], 'ITER_SAVE': 2000, 'MODEL_DIR': 'models',
-    'LOG_DIR': 'logdir'}
+    'LOG_DIR': 'logdir', 'WANDB': ''}
 EDITED = [name for name, value in SETTINGS.items()
           if repr(vars(settings).get(name)) != repr(value)]
 PARTS = ('*.py', '*.sh', '*.txt', '*.md', '*.toml', '*.ini', 'LICENSE',

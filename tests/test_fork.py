@@ -185,7 +185,7 @@ OTHERS = {
     'EVAL_SCALES': (0.5, 1.0), 'EVAL_FLIP': True, 'EVAL_WINDOW': 97,
     'INFERENCE': 'bf16', 'EVAL_BATCH': 3, 'EVAL_CLASSES': (1, 2),
     'DEVICES': [-1, -1], 'ITER_SAVE': 3, 'MODEL_DIR': 'other models',
-    'LOG_DIR': 'other logs'}
+    'LOG_DIR': 'other logs', 'WANDB': 'mine'}
 
 
 def test_settings_are_edited_and_all_else_stays(tmp_path):

@@ -29,7 +29,8 @@ PAPER = {
     'LR_MOM': 0.9, 'LR_DECAY': 10, 'POLY_POWER': 0.9, 'WEIGHT_DECAY': 1e-4,
     'SEED': 66, 'EVAL_SCALES': (1.0,), 'EVAL_FLIP': False, 'DEVICES': []}
 MACHINE = ['DATA_ROOT', 'DEVICES', 'NUM_WORKERS', 'LOG_DIR', 'MODEL_DIR',
-           'ITER_SAVE', 'ITER_VAL', 'CACHE', 'RECOMPUTE', 'EVAL_BATCH']
+           'ITER_SAVE', 'ITER_VAL', 'CACHE', 'RECOMPUTE', 'EVAL_BATCH',
+           'WANDB']
 
 
 def same(a, b):
@@ -269,7 +270,9 @@ def test_a_range_is_refused_with_its_bounds(name, good, bad, wanted):
     ('MODEL_DIR', '', ['=: it cannot be empty']),
     ('LOG_DIR', '', ['empty']), ('DATA_ROOT', '', ['empty']),
     ('MEAN', (0.5,), ['=(0.5,): it is of R, G and B']),
-    ('STD', (1.0,) * 4, ['R, G and B'])])
+    ('STD', (1.0,) * 4, ['R, G and B']),
+    ('WANDB', 'a b', ['=a b: it is PROJECT or ENTITY/PROJECT']),
+    ('WANDB', 'a/b/c', ['ENTITY/PROJECT']), ('WANDB', 'ä', ['letters'])])
 def test_rules_between_settings(name, value, parts):
     invalid(name, value, *parts)
 
