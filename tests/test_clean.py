@@ -54,6 +54,27 @@ def test_clean_removes_what_a_run_made_and_nothing_else(tmp_path):
     assert all(path.exists() for path in sources)
 
 
+def test_clean_removes_what_wandb_wrote_of_these_runs(tmp_path, monkeypatch):
+    """No folder of another run, and nothing that a link leads to."""
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path)
+    gone = ['run-20260101_000000-0a', 'offline-run-20260101_000000-1b']
+    kept = ['run-20260101_000000-2c', 'run-20260101_000000-0a.b', 'run-0a',
+            'elsewhere']
+    write_files(tmp_path / 'logdir/wandb', [
+        f'{name}/files/a.png' for name in gone + kept])
+    (tmp_path / 'logdir/wandb_ids.txt').write_text('0a\n1b\n.*\n')
+    for name, to in (('latest-run', gone[0]), ('mine', kept[0]),
+                     ('debug.log', f'{gone[1]}/files/a.png'),
+                     ('run-20260101_000001-1b', 'elsewhere')):
+        os.symlink(to, f'logdir/wandb/{name}')
+    run_clean(monkeypatch)
+    assert {*os.listdir('logdir/wandb')} == {
+        *kept, 'mine', 'run-20260101_000001-1b'}
+    assert os.path.exists('logdir/wandb/elsewhere/files/a.png')
+    assert not os.path.exists('logdir/wandb_ids.txt')
+
+
 def test_clean_removes_the_run_that_was_named(tmp_path, monkeypatch, capsys):
     """By the words that train.py was given, and by what that run recorded."""
     monkeypatch.chdir(tmp_path)

@@ -25,6 +25,7 @@ from lib import wandb_log
 from lib.logger import Logger
 from test_faults import LONG, wait_for_steps
 from test_tensorboard import read_events, read_images, scalars
+from tools import clean
 
 needs_wandb = pytest.mark.skipif(not importlib.util.find_spec('wandb'),
                                  reason='no wandb')
@@ -110,8 +111,8 @@ def services(pid):
 
 # ------------------------------------------------- what is shown
 @needs_wandb
-def test_wandb_has_what_tensorboard_and_the_log_have(toy):
-    """Each scalar, each image, all settings."""
+def test_wandb_has_what_tensorboard_and_the_log_have(toy, monkeypatch):
+    """Each scalar, each image, all settings; clean.sh removes it."""
     given = {**SMALL, 'DATA_ROOT': toy, 'ITER_VAL': 2, 'WANDB': 'us/de-mo'}
     done = run('train.py', *words(given), cwd='.')
     assert done.returncode == 0, done.stderr
@@ -143,6 +144,10 @@ def test_wandb_has_what_tensorboard_and_the_log_have(toy):
         for step, image in zip((2, 4), read_images(events, tag), strict=True):
             path = os.path.join(files, rows[step][tag]['path'])
             assert (np.asarray(Image.open(path)) == image).all()
+
+    monkeypatch.setattr(sys, 'argv', ['clean.py'])
+    clean.main()
+    assert not os.path.exists('logdir')
 
 
 @needs_wandb

@@ -4,15 +4,18 @@
 
 LOG_DIR/settings.json, which the run wrote, says where its checkpoints are; a
 MODEL_DIR outside this folder has to be named too. Only files that train.py and
-eval.py write are removed, by their exact names; a run at work is left alone.
+eval.py write are removed, by their exact names, and Weights & Biases' folders
+of these runs; a run at work is left alone.
 """
 import json
 import os
 import re
+import shutil
 import sys
 
 import settings
 from lib.run import lock_folders
+from lib.wandb_log import read_ids
 from utils import (
     RunError,
     UserError,
@@ -24,7 +27,8 @@ from utils import (
 
 CHECKPOINTS = re.compile(r'(latest|best|final|step_\d+)\.pth(\.tmp)?|\.lock')
 LOGS = re.compile(r'(log\.csv|(settings|eval)\.json|(samples|confusion|'
-                  r'classes)\.png)(\.tmp)?|events\.out\.tfevents\..+|\.lock')
+                  r'classes)\.png|wandb_ids\.txt)(\.tmp)?|'
+                  r'events\.out\.tfevents\..+|\.lock')
 
 
 def read_model_dir():
@@ -77,10 +81,32 @@ def find_files(folder, names):
             if os.path.islink(path) or not os.path.isdir(path)]
 
 
+def remove_wandb(log):
+    """Remove what Weights & Biases wrote of the runs that LOG_DIR names: a
+    folder each, and links into these; return how many folders."""
+    folder = os.path.join(log, 'wandb')
+    ids = '|'.join(map(re.escape, read_ids(log)))
+    names = re.compile(rf'(offline-)?run-\d{{8}}_\d{{6}}-({ids})')
+    paths = [os.path.join(folder, name) for name in (
+        sorted(os.listdir(folder)) if os.path.isdir(folder) and ids else ())]
+    links = [path for path in paths if os.path.islink(path)
+             and names.fullmatch(os.readlink(path).partition('/')[0])]
+    runs = [path for path in paths if names.fullmatch(os.path.basename(path))
+            and not os.path.islink(path)]
+    for path in links:
+        os.remove(path)
+    for path in runs:
+        shutil.rmtree(path)
+        print(f'removed {path}')
+    if paths and not os.listdir(folder) and not os.path.islink(folder):
+        os.rmdir(folder)
+    return len(runs)
+
+
 def remove_run(models, log):
     """Remove the files of a run from MODEL_DIR and LOG_DIR."""
     lock_folders(is_trial=True)
-    count = 0
+    count = remove_wandb(log)
     for path in find_files(models, CHECKPOINTS) + find_files(log, LOGS):
         if os.path.lexists(path):       # both may be one folder
             os.remove(path)
