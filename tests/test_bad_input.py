@@ -208,7 +208,7 @@ def test_classes(bad):
     ('--lr', 'KEY=VALUE'),
     ('lr=0.1', 'nearest is LR'),
     ('BATCH_SIZE=0', '1 to 65,536'),
-    ('STRIDE=0', '8, 16, 32'),
+    ('STRIDE=0', '8, 14, 16, 32'),
     ('NUM_WORKERS=-1', '0 to 1,024'),
     ('SEED=100000000000000000000000', '0 to 4,294,967,295'),
     ('ITER_MAX=100000000000000000000', '1 to 100,000,000'),

@@ -122,7 +122,8 @@ def test_a_log_with_columns_of_another_version_is_continued(tmp_path):
     logger.log_metrics(2, loss=1, grad_norm=3)
     logger.close()
     assert (tmp_path / 'log.csv').read_text().split() == [
-        ','.join(logger.COLUMNS), '1,2.5,0.5,,0.25,,8', '2,1,,3,,,']
+        ','.join(logger.COLUMNS), '1,2.5,0.5,,0.25,,,,8',
+        '2,1,,3,,,,,']
 
 
 # ------------------------------------------------- a run

@@ -83,6 +83,7 @@ def count_rows():
         del net.extractor               # the head alone, on its features
         net.extractor = lambda image, low=False: (
             features if low else features[1])
+        net.extractor.align_corners = backbone.align_corners
         with torch.device('meta'):
             built = complexity(net, size)
             counted = complexity(simplify_as_counted(net), size)
