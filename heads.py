@@ -18,7 +18,12 @@ from torch import nn
 import network
 import settings
 from lib import backbones
-from lib.checkpoint import OnnxNetwork, load_strict, read_checkpoint
+from lib.checkpoint import (
+    OnnxNetwork,
+    check_keys,
+    load_strict,
+    read_checkpoint,
+)
 from lib.cost import complexity
 from lib.recorded import adopt_network
 from utils import UserError, log, make_parser, run_main
@@ -252,6 +257,9 @@ def load_network(path, device):
     if isinstance(recorded, dict) and 'N_LAYERS' in recorded:
         recorded = {'BACKBONE': '', **recorded}     # older ones had none
     adopt_network(recorded, checkpoint, path)
+    if settings.BACKBONE:       # which may be of any size: before it is built
+        with torch.device('meta'):
+            check_keys(build_network().state_dict(), checkpoint['net'], path)
     net = build_network()
     load_strict(net, checkpoint['net'], path)
     return net.to(device).eval(), checkpoint

@@ -286,7 +286,7 @@ def check_keys(own, given, name, is_partial=False):
     if errors:
         raise UserError(f'{name} does not fit the network: it '
                         f'{"; it ".join(errors)}. Is it for other settings '
-                        f'(N_LAYERS, STEM, HEAD)?')
+                        f'(BACKBONE, N_LAYERS, STEM, HEAD)?')
     check_finite(given, name)
 
 

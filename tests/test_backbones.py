@@ -456,6 +456,21 @@ def test_weights_are_fetched_checked_and_kept(hub, fault):
     pretrained.load_pretrained(net)
 
 
+def test_a_checkpoint_of_another_encoder_is_refused_unbuilt(
+        tmp_path, monkeypatch, capsys):
+    """One of billions of parameters would take all memory."""
+    monkeypatch.setattr(heads, 'load_strict', None)
+    build('convnext_atto', 16)
+    path = str(tmp_path / 'a.pth')
+    recorded = {**settings.network_settings(), 'STRIDE': 16,
+                'BACKBONE': 'convnext_femto'}
+    torch.save({'net': heads.build_network().state_dict(), 'step': 1,
+                'settings': recorded}, path)
+    status, line = refused(eval.main, path, monkeypatch=monkeypatch,
+                           capsys=capsys)
+    assert status == 2 and 'does not fit the network' in line
+
+
 # ------------------------------------------------- runs
 FAMILIES = {            # (stride, changes): ten families of timm
     'resnet10t': (16, {}), 'resnext26ts': (16, {}), 'regnety_002': (16, {}),
