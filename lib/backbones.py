@@ -238,8 +238,9 @@ def _cell_offset(net, stride):
             step, offset = min(layers[reached])
         else:                       # patches are merged
             after = min([at for at in layers if at > reached] + [stride])
-            step = max(2, round(after / reached))
-            offset = (step - 1) / 2
+            if after % reached:     # by no whole number: no such features
+                break
+            step, offset = after // reached, (after / reached - 1) / 2
         total, reached = total + reached * offset, reached * step
     return total, ''
 
