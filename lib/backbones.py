@@ -20,8 +20,8 @@ from lib.distributed import is_spawned
 from utils import UserError, first_line, import_optional, log
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)     # mean, std
-GRID = 9, 11                 # cells that an encoder is measured with; not of
-#                              an attention window's side, 7 or 8
+GRID = 9, 12                 # cells that an encoder is measured with: odd and
+#                              even, not of an attention window's side, 7 or 8
 
 
 class Encoder(nn.Module):
@@ -174,10 +174,12 @@ def _measure(name, stride):
     levels = [i for i, x in enumerate(features)
               if x.shape[2:] == tuple(k + extra for k in GRID)]
     if not levels:
-        sides = [x.shape[2] for x in features]
-        return {'reason': f'of {GRID[0] * stride + extra} pixels it gives '
-                          f'{", ".join(map(str, sides))} cells, not '
-                          f'{GRID[0] + extra}'}
+        pixels, wanted = ([k * step + extra for k in GRID]
+                          for step in (stride, 1))
+        near = min((x.shape[2:] for x in features),
+                   key=lambda size: abs(size[0] - wanted[0]))
+        return {'reason': 'of {} x {} pixels it gives {} x {} cells, not '
+                          '{} x {}'.format(*pixels, *near, *wanted)}
     low = [i for i, x in enumerate(features[:levels[-1]]) if x.shape[2:] == (
         *(k * stride // 4 + extra for k in GRID),)]
     first = net.feature_info.out_indices[0] % len(net.feature_info.info)

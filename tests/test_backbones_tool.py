@@ -130,9 +130,10 @@ def test_the_page_has_a_net_of_each_family():
 @pytest.mark.parametrize('name, stride, extra', (
     ('efficientvim_m1', 32, 1),     # Conv1d with a stride of 1
     ('test_convnext', 32, 0),       # patches, which drop the last pixel
-    ('convmixer_768_32', 16, None)))        # patches of 7
+    ('convmixer_768_32', 16, None),         # patches of 7
+    ('mobilevitv2_050', 32, None)))         # resizes to an even grid
 def test_strides_are_measured(name, stride, extra):
-    """Each of these once never ended."""
+    """Each of these once never ended, the last one passed."""
     about = backbones._measure(name, stride)
     assert about.get('align_corners') == (None if extra is None else
                                           bool(extra))
