@@ -255,8 +255,9 @@ def _window(layer):
         for each in (getattr(layer, name, default) for name, default in (
             ('stride', 1), ('kernel_size', 1), ('padding', 0),
             ('dilation', 1))))
-    if hasattr(layer, 'filt_size') or 'Same' in type(layer).__name__:
-        return step, 0.0            # timm's, padded by as much as it takes
+    if (hasattr(layer, 'filt_size') or padding == 'same'
+            or 'Same' in type(layer).__name__):
+        return step, 0.0            # padded by as much as it takes
     return step, dilation * (size - 1) / 2 - padding
 
 

@@ -28,13 +28,7 @@ def fold_batch_norm(net):
     folded = copy.deepcopy(net).eval().cpu()
     noise = torch.rand(1, 3, 129, 97, dtype=parameter.dtype,
                        generator=torch.Generator().manual_seed(0))
-    pairs, want = _find_pairs(folded, noise)
-    for conv_name, norm_name in pairs:
-        conv = folded.get_submodule(conv_name)
-        norm = folded.get_submodule(norm_name)
-        folded.set_submodule(conv_name, fuse_conv_bn_eval(conv, norm))
-        # batch norm of timm has the activation that follows it
-        folded.set_submodule(norm_name, getattr(norm, 'act', nn.Identity()))
+    want = _fold(folded, noise)
     difference = (predict_logits(folded, noise) - want).abs().max()
     if not difference <= MAX_DIFFERENCE * want.abs().max():
         _log_once(f'batch norm of {settings.BACKBONE or settings.HEAD} cannot '
@@ -42,6 +36,17 @@ def fold_batch_norm(net):
                   f'is')
         folded = copy.deepcopy(net).eval()
     return folded.to(parameter.device, memory_format=torch.channels_last)
+
+
+def _fold(net, image):
+    """Fold a net's batch norm in place; return its logits of an image."""
+    pairs, logits = _find_pairs(net, image)
+    for conv_name, norm_name in pairs:
+        conv, norm = map(net.get_submodule, (conv_name, norm_name))
+        net.set_submodule(conv_name, fuse_conv_bn_eval(conv, norm))
+        # batch norm of timm has the activation that follows it
+        net.set_submodule(norm_name, getattr(norm, 'act', nn.Identity()))
+    return logits
 
 
 def _find_pairs(net, image):

@@ -481,6 +481,7 @@ FAMILIES = {            # (stride, changes): ten families of timm
     'vit_tiny_patch16_224': (16, {'FREEZE': ''})}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('name', ('convnext_atto',))
 def test_a_run_on_an_encoder_resumes_bit_for_bit(small, monkeypatch, name):
     given = [f'BACKBONE={name}', 'STRIDE=16', 'CROP_SIZE=64', 'MEAN=()',

@@ -26,6 +26,7 @@ def read_table(text):
 
 
 # ------------------------------------------------- the table
+@pytest.mark.long
 def test_the_table_of_two_nets(tmp_path):
     """One whose cells are patches, and ResNet-18, with which it is compared;
     settings of the command line hold; nothing is written or downloaded."""

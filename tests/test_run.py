@@ -119,7 +119,8 @@ def test_the_start_of_a_run(small, monkeypatch, capsys, toy):
     for line in ('command line: LR = 0.01',
                  f'data: {toy}, 12 images of train to train on, none to',
                  'classes: 6, background, disc, square, triangle, star, ring',
-                 'network: HEAD=ema on a ResNet-18, 11,401,958 parameters',
+                 'network: HEAD=ema on ResNet-18, plain stem, 11,401,958 '
+                 'parameters',
                  'schedule: 1 step of 2 images; an epoch is 6 steps, so 0.2',
                  'device: cpu (', '; 1 training and 0 loader processes',
                  'writes: checkpoints into models, logs into logdir',

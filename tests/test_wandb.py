@@ -111,6 +111,7 @@ def services(pid):
 
 # ------------------------------------------------- what is shown
 @needs_wandb
+@pytest.mark.long
 def test_wandb_has_what_tensorboard_and_the_log_have(toy, monkeypatch):
     """Each scalar, each image, all settings; clean.sh removes it."""
     given = {**SMALL, 'DATA_ROOT': toy, 'ITER_VAL': 2, 'WANDB': 'us/de-mo'}
@@ -151,6 +152,7 @@ def test_wandb_has_what_tensorboard_and_the_log_have(toy, monkeypatch):
 
 
 @needs_wandb
+@pytest.mark.long
 def test_a_resumed_run_is_the_same_in_wandb(toy):
     """SIGTERM saves, ends with 75, and leaves no process of W&B."""
     given = {**SMALL, **LONG, 'DATA_ROOT': toy, 'WANDB': 'demo'}
