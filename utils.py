@@ -31,6 +31,7 @@ ROOT = os.path.dirname(os.path.abspath(__file__))   # the project's folder
 STOPPED = 75                 # exit status: stopped on request, can be resumed
 INTERRUPTED = 130            # exit status: ended by Ctrl-C
 PROGRESS_BARS = weakref.WeakSet()
+PENDING = []                 # threading.Events: files that threads write
 MAX_TEXT = 2 ** 28           # bytes; the list of a million images has 0.1 GB
 
 
@@ -87,7 +88,9 @@ def _end(line, status, at_once=False):
     if line:
         print(f'{os.path.basename(sys.argv[0])}: {line}', file=sys.stderr,
               flush=True)
-    for thread in threading.enumerate():    # that writes a checkpoint
+    for written in PENDING:     # Python takes a thread for ended whose join()
+        written.wait()          # a signal's handler has interrupted
+    for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:
             thread.join()
     if at_once or dist.is_initialized():    # torch can abort at exit without

@@ -251,7 +251,9 @@ class CheckpointWriter:
     """
 
     def __init__(self, parts):
-        self.parts, self.thread, self.error = parts, None, None
+        self.parts, self.error = parts, None
+        self.written = threading.Event()
+        self.written.set()
 
     def save(self, name, step, best, for_resume=False):
         """Write MODEL_DIR/name, see capture; raise what kept the checkpoint
@@ -261,20 +263,22 @@ class CheckpointWriter:
             return
         self.wait()
         path = os.path.join(settings.MODEL_DIR, name)
-        self.thread = threading.Thread(target=self._write,
-                                       args=(_copy_to_host(state), path))
-        self.thread.start()
+        written = threading.Event()
+        threading.Thread(target=self._write, args=(
+            _copy_to_host(state), path, written)).start()
+        self.written, utils.PENDING[:] = written, [written]
 
-    def _write(self, state, path):
+    def _write(self, state, path, written):
         try:
             save(state, path)
         except Exception as error:      # raised by wait, in the main thread
             self.error = error
+        finally:
+            written.set()
 
     def wait(self):
         """Wait until all is written; raise what kept it from that."""
-        if self.thread:
-            self.thread.join()
+        self.written.wait()
         if self.error:
             raise self.error
 

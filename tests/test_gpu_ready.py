@@ -309,6 +309,32 @@ utils.run_main(main)
     assert done.returncode == 2 and (tmp_path / 'written').exists()
 
 
+def test_a_checkpoint_is_written_whatever_interrupts_its_wait(tmp_path):
+    """Python takes a thread for ended whose join() a signal interrupts."""
+    child = '''
+import os, signal, sys, time
+sys.path.insert(0, sys.argv[1])
+import utils
+from lib import run
+def save(state, path):
+    time.sleep(1)
+    open('written', 'w').close()
+def interrupt(number, frame):
+    raise RuntimeError('DataLoader worker (pid 1) is killed')
+run.save, run.capture = save, lambda *args: {}
+def main():
+    writer = run.CheckpointWriter({})
+    writer.save('a.pth', 1, 0.0)
+    signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    writer.wait()
+utils.run_main(main)
+'''
+    done = subprocess.run([sys.executable, '-c', child, REPO], cwd=tmp_path,
+                          timeout=100)
+    assert done.returncode == 1 and (tmp_path / 'written').exists()
+
+
 # ------------------------------------------------- batches to score
 def test_how_many_images_are_scored_at_once_on_a_gpu():
     """By their size at the largest scale; Cityscapes at scale 2 alone."""
