@@ -6,6 +6,7 @@ import argparse
 import codecs
 import contextlib
 import errno
+import functools
 import hashlib
 import importlib
 import json
@@ -219,6 +220,9 @@ def log(text):
         return
     tqdm.write(text)
     sys.stdout.flush()
+
+
+log_once = functools.cache(log)     # a text a program
 
 
 def plural(count, noun):

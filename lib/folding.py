@@ -9,10 +9,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import settings
 from lib.inference import predict_logits
-from utils import log
+from utils import log_once
 
 MAX_DIFFERENCE = 1e-4        # of logits, relative to the largest
-_log_once = functools.cache(log)
 
 
 @torch.no_grad()
@@ -31,7 +30,7 @@ def fold_batch_norm(net):
     want = _fold(folded, noise)
     difference = (predict_logits(folded, noise) - want).abs().max()
     if not difference <= MAX_DIFFERENCE * want.abs().max():
-        _log_once(f'batch norm of {settings.BACKBONE or settings.HEAD} cannot '
+        log_once(f'batch norm of {settings.BACKBONE or settings.HEAD} cannot '
                   f'be folded into its convolutions: the network is run as it '
                   f'is')
         folded = copy.deepcopy(net).eval()

@@ -3,7 +3,6 @@ window.
 
 Shapes: b images, n classes, H x W pixels.
 """
-import functools
 import math
 
 import torch
@@ -12,12 +11,11 @@ import torch.nn.functional as F
 import settings
 from lib.backbones import grid_extra
 from lib.cost import available_memory
-from utils import UserError, log
+from utils import UserError, log_once
 
 MAX_WHOLE = 2 ** 23          # pixels; larger images use a sliding window even
 #                              with EVAL_WINDOW=0 (Cityscapes at scale 2 fits)
 DEFAULT_WINDOW = 513         # its side then
-_log_once = functools.cache(log)
 
 
 # ------------------------------------------------- padding, scaling
@@ -139,7 +137,7 @@ def window_size(size, scales):
     if math.prod(scaled_size(size, max(scales))) <= MAX_WHOLE:
         return 0
     if not wanted:
-        _log_once(f'above {MAX_WHOLE} pixels, at the largest scale, images '
+        log_once(f'above {MAX_WHOLE} pixels, at the largest scale, images '
                   f'are predicted by a sliding window of {side} x {side}; '
                   f'EVAL_WINDOW sets its side')
     return side

@@ -243,7 +243,7 @@ def test_folding_changes_no_logits(name, is_folded, capsys):
 
 def backbones_log():
     """Forget which lines were said once."""
-    folding._log_once.cache_clear()
+    folding.log_once.cache_clear()
 
 
 def test_what_cannot_be_folded_is_run_as_it_is_and_said(capsys):

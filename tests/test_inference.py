@@ -231,7 +231,7 @@ def test_only_huge_images_are_windowed_unasked(monkeypatch, capsys):
                          (1.0,)), ((513, 513), (1.75,))):
         assert inference.window_size(size, scales) == 0
     assert capsys.readouterr().out == ''
-    inference._log_once.cache_clear()
+    inference.log_once.cache_clear()
     for size, scales in (((4000, 6000), (1.0,)), ((2448, 3264), (1.5, 1.0))):
         assert inference.window_size(size, scales) == 513
     said = capsys.readouterr().out
