@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 
+import heads
 import settings
 from conftest import REPO, refused, words
 from lib import run
@@ -199,5 +200,5 @@ def test_sections_give_their_figures(names, tmp_path):
             assert 10 < len(found['kernels']) <= 25
             assert sum(share for *_, share in found['kernels']) < 1.001
     if 'heads' in names:
-        assert len(results['heads']['speeds']) == 14
+        assert len(results['heads']['speeds']) == 2 * (1 + len(heads.HEADS))
         assert len(results['deterministic']['checks']) == 3
