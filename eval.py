@@ -199,22 +199,45 @@ def ema_unit(net):
     return unit
 
 
+def whole_image(image, device):
+    """Return an image (H, W, 3) uint8 as attention is computed of it, (1, 3,
+    H', W') normalised: whole, at the first of EVAL_SCALES, or smaller where
+    it is huge."""
+    x = torch.from_numpy(image).permute(2, 0, 1)[None]      # (1, 3, H, W)
+    scale = min(settings.EVAL_SCALES[0],
+                math.sqrt(MAX_WHOLE / math.prod(image.shape[:2])))
+    return resize(dataset.normalise(x, device),
+                  scaled_size(image.shape[:2], scale))
+
+
 @torch.no_grad()
+def encode(net, image):
+    """Return the features (1, c, h, w) that enter the EMA unit of an EMANet,
+    of a normalised image (1, 3, H, W), which is padded."""
+    ema_unit(net)
+    return net.fc0(net.extractor(pad_to_grid(image)))
+
+
+@torch.no_grad()
+def run_em(unit, features, stage_num=None):
+    """Return what EM makes of features (1, c, h, w): its input after conv1
+    (c, h, w), and the responsibilities z of each iteration, (T, k, h, w),
+    which sum to 1 over k. stage_num: T, if not the unit's."""
+    x = unit.conv1(features)                                # (1, c, h, w)
+    z = [z[0].t().reshape(-1, *x.shape[2:]) for z, _ in unit.em(
+        x.flatten(2), unit.mu.to(x.dtype), stage_num)]
+    return x[0], torch.stack(z)
+
+
 def attention(net, image):
-    """Return the responsibilities z of each EM iteration, (T, k, h, w), which
-    sum to 1 over k, of a normalised image (1, 3, H, W), which is padded."""
-    unit = ema_unit(net)
-    x = unit.conv1(net.fc0(net.extractor(pad_to_grid(image))))  # (1, c, h, w)
-    return torch.stack([
-        z[0].t().reshape(-1, *x.shape[2:])
-        for z, _ in unit.em(x.flatten(2), unit.mu.to(x.dtype))])
+    """Return the responsibilities z of each EM iteration, (T, k, h, w), of a
+    normalised image (1, 3, H, W); see run_em."""
+    return run_em(ema_unit(net), encode(net, image))[1]
 
 
 def attention_maps(net, image, device, bases=()):
-    """Compute where the bases of an EMA unit attend in an image.
-
-    The image is taken whole, at the first of EVAL_SCALES, or smaller where
-    it is huge.
+    """Compute where the bases of an EMA unit attend in an image, as of
+    whole_image.
 
     Args:
         net: an EMANet on the device.
@@ -223,18 +246,79 @@ def attention_maps(net, image, device, bases=()):
     Returns: (bases, their shares of the image, maps (T, bases, h, w), 0..1,
     of the size of a panel of lib.visualize, number of all bases).
     """
-    x = torch.from_numpy(image).permute(2, 0, 1)[None]      # (1, 3, H, W)
-    scale = min(settings.EVAL_SCALES[0],
-                math.sqrt(MAX_WHOLE / math.prod(image.shape[:2])))
-    x = resize(dataset.normalise(x, device),
-               scaled_size(image.shape[:2], scale))
+    x = whole_image(image, device)
     z = attention(net, x)                                   # (T, k, h, w)
-    rows, columns = ((side - 1) // settings.STRIDE + 1 for side in x.shape[2:])
-    last = z[-1, :, :rows, :columns].flatten(1)             # (k, n)
+    last = inside_image(z[-1], x).flatten(1)                # (k, n)
     bases, shares = list(bases) or select_diverse_bases(last), last.mean(1)
     maps = [[visualize.fit_panel(map_on_pixels(z[t, i], x), image.shape[:2])
              for i in bases] for t in range(len(z))]
     return bases, shares[bases].tolist(), np.array(maps), len(last)
+
+
+def inside_image(z, image):
+    """Return maps (k, h, w) without the cells of what pads their image (1, 3,
+    H, W)."""
+    rows, columns = ((side - 1) // settings.STRIDE + 1
+                     for side in image.shape[2:])
+    return z[:, :rows, :columns]
+
+
+def implied_attention(unit, x, z, i):
+    """Return by how much each position is weighted in the reconstruction of
+    position i: a(j, i) for all j, (n,), positive.
+
+    The M step makes mu_k = sum_j z_jk x_j / (s_k sum_j z_jk), with s_k the
+    length of that mean of x where EM_NORM is l2, and 1 where it is none. The
+    reconstruction is y_i = sum_k z_ik mu_k (A_R). So y_i = sum_j a(j, i) x_j
+    with a(j, i) = sum_k z_ik z_jk / (s_k sum_j z_jk): attention of rank k.
+
+    Args:
+        unit: an EMAU.
+        x: its features after conv1, (c, n).
+        z: the responsibilities of the last iteration, (k, n).
+    Raises: UserError where EM_NORM is layer, which subtracts a mean over the
+    channels: its bases are no weighted sums of x.
+    """
+    if unit.norm == 'layer':
+        raise UserError('EM_NORM=layer: its bases are no weighted means of '
+                        'the features, so a pixel attends nowhere; name a '
+                        'checkpoint of EM_NORM=l2 or none')
+    total = 1e-6 + z.sum(1)                                 # (k,)
+    means = x @ z.t() / total                               # (c, k)
+    length = 1e-6 + means.norm(dim=0) if unit.norm == 'l2' else 1
+    return (z[:, i] / (total * length)) @ z                 # (n,)
+
+
+def attention_from(unit, x, z, cell):
+    """Return implied_attention of a cell (row, column) as a map (h, w) of sum
+    1; x (c, h, w), z (k, h, w)."""
+    i = cell[0] * z.shape[2] + cell[1]
+    weight = implied_attention(unit, x.flatten(1), z.flatten(1), i)
+    return (weight / weight.sum()).view(z.shape[1:])
+
+
+def query_attention(net, image, device, query):
+    """Return where a pixel attends in an image: the map (H', W') of
+    attention_from on the pixels of whole_image, and its number of cells.
+
+    Args: net, image, device: as of attention_maps; query: the pixel (x, y).
+    """
+    unit, scaled = ema_unit(net), whole_image(image, device)
+    x, z = run_em(unit, encode(net, scaled))
+    weight = attention_from(unit, x, z[-1],
+                            cell_of(query, image.shape[:2], scaled))
+    return map_on_pixels(weight, scaled), weight.numel()
+
+
+def cell_of(query, size, image):
+    """Return the cell (row, column) nearest to a pixel (x, y) of an image of
+    size (H, W), in the features of image (1, 3, H', W'), that image scaled."""
+    s, extra = settings.STRIDE, grid_extra()
+    first = 0 if extra else (s - 1) / 2     # where the first cell lies
+    places = [(place + 0.5) * scaled / side - 0.5 for place, side, scaled in
+              zip(query[::-1], size, image.shape[2:])]
+    return [min(max(0, round((place - first) / s)), (scaled - 1) // s)
+            for place, scaled in zip(places, image.shape[2:])]
 
 
 def map_on_pixels(z, image):

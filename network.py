@@ -283,14 +283,15 @@ class EMAU(nn.Module):
         _init_weights(self)
         self.conv1.requires_grad_(grad or keep == 'learned')
 
-    def forward(self, x):
-        """Return x (b, c, h, w) plus its reconstruction from the bases."""
+    def forward(self, x, stage_num=None):
+        """Return x (b, c, h, w) plus its reconstruction from the bases.
+        stage_num: see em."""
         y = self.conv1(x)                                       # (b, c, h, w)
         device = 'cpu' if y.is_meta else y.device.type
         with torch.autocast(device, enabled=False):
             flat = to_float32(y).flatten(2)                     # (b, c, n)
             start = self.mu.to(flat.dtype).expand(len(x), -1, -1)
-            for z, mu in self.em(flat, start):      # noqa: B007
+            for z, mu in self.em(flat, start, stage_num):   # noqa: B007
                 pass                                # the last are used
             y = torch.bmm(mu, z.transpose(1, 2))                # (b, c, n)
         y = F.relu(y.view(x.shape).to(x.dtype))                 # (b, c, h, w)
@@ -300,14 +301,14 @@ class EMAU(nn.Module):
                 self.update_bases(mu)
         return F.relu(x + self.conv2(y))
 
-    def em(self, x, mu):
+    def em(self, x, mu, stage_num=None):
         """Yield (z, mu) of each iteration: responsibilities (b, n, k), which
         sum to 1 over k, and bases (b, c, k).
 
-        x: (b, c, n); mu: (b, c, k), the bases to start from. The E step (A_E)
-        and the M step (A_M) of the paper.
+        x: (b, c, n); mu: (b, c, k), the bases to start from; stage_num: T, if
+        not the unit's. The E step (A_E) and the M step (A_M) of the paper.
         """
-        stages = self.stages[0] if self.training else self.stages[1]
+        stages = stage_num or self.stages[0 if self.training else 1]
         for stage in range(stages):
             needs_grad = torch.is_grad_enabled() and (
                 self.keep == 'learned' or self.grad and stage == stages - 1)
@@ -417,9 +418,13 @@ class EMANet(nn.Module):
         """Return logits (b, n_classes, H, W) of image (b, 3, H, W), float,
         normalised by mean and std."""
         x = self.fc0(self.extractor(image))                     # (b, c, h, w)
-        x = self.fc2(self.fc1(self.emau(x)))            # (b, n_classes, h, w)
-        return upsample(x, image.shape[-2:],            # (b, n_classes, H, W)
-                        self.extractor.align_corners)
+        return self.classify(self.emau(x), image.shape[-2:])
+
+    def classify(self, x, size):
+        """Return logits (b, n_classes, H, W), of size (H, W), of the EMA
+        unit's output x (b, c, h, w)."""
+        x = self.fc2(self.fc1(x))                       # (b, n_classes, h, w)
+        return upsample(x, size, self.extractor.align_corners)
 
 
 def main():

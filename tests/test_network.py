@@ -205,8 +205,8 @@ def test_em_runs_in_float32_under_autocast():
     seen = []
     inner = emau.em
 
-    def em(x, start):
-        for z, mu in inner(x, start):
+    def em(x, start, stage_num):
+        for z, mu in inner(x, start, stage_num):
             seen.extend([x.dtype, z.dtype, mu.dtype])
             yield z, mu
     emau.em = em
