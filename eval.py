@@ -263,6 +263,14 @@ def inside_image(z, image):
     return z[:, :rows, :columns]
 
 
+def check_implied(unit):
+    """Raise UserError where a unit implies no attention between pixels."""
+    if unit.norm == 'layer':
+        raise UserError('EM_NORM=layer: its bases are no weighted means of '
+                        'the features, so a pixel attends nowhere; name a '
+                        'checkpoint of EM_NORM=l2 or none')
+
+
 def implied_attention(unit, x, z, i):
     """Return by how much each position is weighted in the reconstruction of
     position i: a(j, i) for all j, (n,), positive.
@@ -279,10 +287,7 @@ def implied_attention(unit, x, z, i):
     Raises: UserError where EM_NORM is layer, which subtracts a mean over the
     channels: its bases are no weighted sums of x.
     """
-    if unit.norm == 'layer':
-        raise UserError('EM_NORM=layer: its bases are no weighted means of '
-                        'the features, so a pixel attends nowhere; name a '
-                        'checkpoint of EM_NORM=l2 or none')
+    check_implied(unit)
     total = 1e-6 + z.sum(1)                                 # (k,)
     means = x @ z.t() / total                               # (c, k)
     length = 1e-6 + means.norm(dim=0) if unit.norm == 'l2' else 1

@@ -11,6 +11,7 @@ FILE.jpg becomes
     DIR/FILE.prob.npy          --probabilities: float16 (n, H, W)
     DIR/FILE.attention.jpg     --attention: what the EM bases attend to
     DIR/FILE.em.jpg            --em: that, after each EM iteration
+    DIR/FILE.query.jpg         --query X,Y: where that pixel attends
 
 A folder is searched through; its images keep their places in it. A video
 becomes DIR/VIDEO.overlay.mp4, its frames DIR/VIDEO/000000.png and so on.
@@ -22,6 +23,7 @@ if __name__ == '__main__':      # before torch, whose import takes seconds
 
 import argparse
 import os
+import re
 import sys
 
 import cv2
@@ -53,7 +55,7 @@ IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.gif', '.ppm', '.tif', '.tiff',
 VIDEOS = ('.avi', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.webm')
 WEIGHTS = ('.pth', '.safetensors', '.onnx')
 RESULTS = ('.png', '.overlay.jpg', '.overlay.mp4', '.prob.npy',
-           '.attention.jpg', '.em.jpg')
+           '.attention.jpg', '.em.jpg', '.query.jpg')
 
 
 # ------------------------------------------------- files
@@ -149,32 +151,43 @@ def parse_bases(text, net):
     return [int(word) for word in words]
 
 
+def parse_query(text):
+    """Return the pixel (x, y) that --query names, or None."""
+    if text and not re.fullmatch('[0-9]{1,9},[0-9]{1,9}', text):
+        raise UserError(f'--query {text}: name a pixel of the image by its '
+                        f'column and row, such as --query 120,80')
+    return tuple(map(int, text.split(','))) if text else None
+
+
 class Predictor:
     """A network, and what to write of its predictions."""
 
     def __init__(self, path, args):
         self.needs_maps = args.attention or args.em
-        if self.needs_maps and path.endswith('.onnx'):
+        if (self.needs_maps or args.query) and path.endswith('.onnx'):
             raise UserError(f'{path}: an ONNX file does not give the bases '
-                            f'that --attention and --em draw; name the .pth '
-                            f'that it was exported from')
+                            f'that --attention, --em and --query draw; name '
+                            f'the .pth that it was exported from')
         self.device = use_device(pick_devices_for(path)[0])
         self.net, checkpoint = heads.load_network(path, self.device)
         self.names, self.colours = get_classes(checkpoint)
         self.prepared, self.args = eval.prepare_network(self.net), args
         self.bases = parse_bases(args.bases, self.net) if (
             self.needs_maps) else []
+        if args.query:
+            eval.check_implied(eval.ema_unit(self.net))
 
     def predict(self, items, bar, errors, video=None):
         """Write the results of items (path, image); overlays go into the
         video, if there is one. What is too large for the memory gets a line
-        in errors."""
+        in errors, as has an image without the query pixel."""
         for batch in group_by_size(items, self.device):
             paths, images = zip(*batch, strict=True)
             for path in paths:
                 with writing(f'{path}.png'):
                     pass                # before the network's long work
             try:
+                self.check_query(*images[0].shape[:2])
                 preds, probs = self.segment(images)
             except UserError as error:
                 errors += [f'{path}.png: {error}' for path in paths]
@@ -185,6 +198,14 @@ class Predictor:
                                                strict=True):
                 self.write(path, image, pred, prob, video)
                 bar.update()
+
+    def check_query(self, height, width):
+        """Raise UserError where --query lies outside an image of this size.
+        """
+        if self.args.query and (self.args.query[0] >= width
+                                or self.args.query[1] >= height):
+            raise UserError('--query {},{} lies outside the image, {} x {} '
+                            'pixels'.format(*self.args.query, width, height))
 
     @torch.no_grad()
     def segment(self, images):
@@ -229,6 +250,10 @@ class Predictor:
                 image, bases, shares, maps, n_bases)
         if self.args.em:
             pages['em'] = visualize.draw_em(image, bases, maps, n_bases)
+        if self.args.query:
+            pages['query'] = visualize.draw_query(
+                image, self.args.query, *eval.query_attention(
+                    self.net, image, self.device, self.args.query))
         return pages
 
 
@@ -296,7 +321,9 @@ def parse(words):
         parser.add_argument(f'--{name}', action='store_true')
     parser.add_argument('--bases', metavar='I,J,...', default='',
                         help='draw these, not the most diverse ones')
+    parser.add_argument('--query', metavar='X,Y', default='')
     args = parser.parse_intermixed_args(words)
+    args.query = parse_query(args.query)
     if '' in [args.to, *args.files]:
         raise UserError("'' is no file and no folder; leave it out")
     files, weights = split_files(args.files)

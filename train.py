@@ -319,7 +319,7 @@ def validate(nets, data, step, logger):
 def validation_images(net, data, confusion):
     """Yield (name, page (H, W, 3) uint8) for TensorBoard: label, prediction
     and error of VAL_IMAGES evenly spaced images, the attention maps of an EMA
-    unit, and the confusion matrix."""
+    unit and where each image's centre attends, and the confusion matrix."""
     device, run = eval.get_device(net), eval.prepare_network(net)
     names, colours = read_classes(data.root, data.n_classes)
     for i in np.unique(np.linspace(0, len(data) - 1, VAL_IMAGES).astype(int)):
@@ -332,6 +332,11 @@ def validation_images(net, data, confusion):
         if network.ema_units(net):
             yield f'ValBases/{data.ids[i]}', visualize.draw_attention(
                 image, *eval.attention_maps(net, image, device))
+            if settings.EM_NORM != 'layer':     # which implies none
+                query = image.shape[1] // 2, image.shape[0] // 2
+                yield f'ValQuery/{data.ids[i]}', visualize.draw_query(
+                    image, query, *eval.query_attention(net, image, device,
+                                                        query))
     yield 'ValConfusion', visualize.plot_confusion(confusion, names)
 
 

@@ -268,6 +268,36 @@ def draw_em(image, bases, maps, n_bases):
         f" {explain_tick(n_bases)}", size))
 
 
+def draw_query(image, query, share, n_cells):
+    """Return an image with a query pixel beside a heat map of where it
+    attends.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        query: the pixel (x, y).
+        share: (H', W'), of any size: the share of each cell in the pixel's
+            attention, drawn from 0 to its maximum.
+        n_cells: of the feature grid, over which the shares sum to 1.
+    """
+    (height, width), small = image.shape[:2], fit_panel(image)
+    share, uniform = fit_panel(share, (height, width)), 1 / n_cells
+    size = caption_size(small, 2)
+    panels = [draw_map(small, z, max(share.max(), uniform), uniform, size)
+              for z in (None, share)]
+    scale, left = max(small.shape) / max(height, width), (
+        panels[0].shape[1] - small.shape[1]) // 2
+    x, y = (int((place + 0.5) * scale) for place in query)
+    for panel in panels:
+        for colour, thickness in ((0, 0, 0), 4), ((255, 255, 255), 2):
+            cv2.circle(panel, (left + x, y), 7, colour, thickness, cv2.LINE_AA)
+    page = contact_sheet(panels, [f'pixel {query[0]},{query[1]}',
+                                  'where it attends'], 2, size)
+    return stack(page, write_note(
+        page.shape[1], f"Colours: a cell's share of the pixel's attention, 0 "
+        f"to the map's maximum. White tick: the uniform value, 1/{n_cells} = "
+        f"{uniform:.2g}.", size))
+
+
 def explain_tick(n_bases):
     """Return what the white tick of a colour bar means."""
     return (f'White tick: the uniform value, 1/{n_bases} = '

@@ -1,16 +1,25 @@
-"""The attention that an EMA unit implies: against its reconstruction, and
-where a query pixel lies on the grid.
+"""The attention that an EMA unit implies: against its reconstruction; where a
+query pixel lies on the grid; predict.py --query.
 
     python -m pytest tests/test_attention.py
 """
+import os
+
+import cv2
+import numpy as np
 import pytest
 import torch
 
 import eval
 import heads
 import network
+import predict
 import settings
+from conftest import refused
+from lib import visualize
+from lib.images import read_any_image
 from lib.inference import pad_to_grid
+from test_predict import run_main, save_network, write_image
 from utils import UserError
 
 
@@ -105,3 +114,76 @@ def test_a_query_is_where_its_pixel_is(small):
     assert torch.allclose(torch.from_numpy(share[::16, ::16]), want)
     other, _ = eval.query_attention(net, image, 'cpu', (32, 48))
     assert abs(other - share).max() > 0
+
+
+# ------------------------------------------------- pages
+def test_the_page_is_bright_where_the_pixel_attends():
+    """The pixel is ringed in the image and in the heat map."""
+    image, share = np.full((128, 256, 3), 90, np.uint8), np.zeros((128, 256))
+    share[:, 200:] = 0.01
+    page = visualize.draw_query(image, (40, 100), share, 500).astype(int)
+    gap = visualize.GAP
+    left, heat = (page[gap:gap + 128, gap + i * (256 + gap):][:, :256]
+                  for i in (0, 1))
+    assert (left[100, 230] == 90).all()
+    assert heat[100, 230].sum() > 3 * heat[100, 150].sum()
+    for panel in (left, heat):
+        assert panel[100, 47].min() > 180 and panel[93, 40].min() > 180
+        assert panel[93, 47].min() < 100        # a ring, no square
+
+
+@pytest.mark.parametrize('size', ((200, 1), (1, 200), (2000, 9), (1, 1)))
+def test_pages_of_very_narrow_and_very_wide_images(size):
+    image, share = np.zeros((*size, 3), np.uint8), np.ones(size, np.float32)
+    page = visualize.draw_query(image, (0, size[0] - 1), share, 4)
+    assert page.dtype == np.uint8 and page.shape[1] > 100
+
+
+def test_predict_writes_where_a_pixel_attends(small, monkeypatch, capsys):
+    """The page of the functions; an image without the pixel is named, and
+    stops nothing."""
+    net = save_network('a.pth')
+    write_image('set/a.png', (50, 70))
+    write_image('set/b.png', (40, 30))
+    status, text = run_main(predict.main, 'set', 'a.pth', '--query', '60,20',
+                            monkeypatch=monkeypatch, capsys=capsys)
+    assert status == 1 and '1 of 2 files could not be segmented' in text
+    assert ('\n  predictions/b.png: --query 60,20 lies outside the image, '
+            '30 x 40 pixels\n') in text
+    assert sorted(os.listdir('predictions')) == [
+        'a.overlay.jpg', 'a.png', 'a.query.jpg']
+    image = read_any_image('set/a.png')
+    want = visualize.draw_query(image, (60, 20), *eval.query_attention(
+        net, image, 'cpu', (60, 20)))
+    page = cv2.imread('predictions/a.query.jpg')[..., ::-1]
+    assert page.shape == want.shape
+    assert np.abs(page.astype(int) - want).mean() < 3       # it is JPEG
+
+
+@pytest.mark.parametrize('arguments, line', (
+    ('--query 3', '--query 3: name a pixel of the image by its column and'),
+    ('--query 3,x', '--query 3,x: name a pixel'),
+    ('--query=-3,1', '--query -3,1: name a pixel'),
+    ('--query 70,0', 'p.png: --query 70,0 lies outside the image, 70 x 50'),
+    ('--query 0,50', 'p.png: --query 0,50 lies outside the image, 70 x 50'),
+    ('--query 3,3 EM_NORM=layer', 'EM_NORM=layer: its bases are no weighted'),
+    ('--query 3,3 HEAD=no_ema', 'has none (HEAD=no_ema)')))
+def test_bad_queries_end_in_a_line(small, arguments, line, monkeypatch,
+                                   capsys):
+    words = arguments.split()
+    for word in words[2:]:
+        settings.override([word])
+    save_network('a.pth')
+    write_image('p.png')
+    status, text = refused(predict.main, 'p.png', 'a.pth', *words[:2],
+                           capsys=capsys, monkeypatch=monkeypatch)
+    assert status == 2 and line in text
+    assert not os.path.exists('predictions/p.png')
+
+
+def test_an_onnx_file_implies_no_attention(small, monkeypatch, capsys):
+    write_image('p.png')
+    open('a.onnx', 'w').close()
+    _, text = refused(predict.main, 'p.png', 'a.onnx', '--query', '1,1',
+                      capsys=capsys, monkeypatch=monkeypatch)
+    assert 'a.onnx: an ONNX file does not give the bases' in text

@@ -162,7 +162,8 @@ def test_tensorboard_has_what_a_run_did(small, monkeypatch):
         assert ('in per cent' in text) == is_score
         assert metadata_of_tag.display_name == tag + ', %' * is_score
 
-    shown = {f'{kind}/{data.ids[i]}' for kind in ('Val', 'ValBases')
+    shown = {f'{kind}/{data.ids[i]}'
+             for kind in ('Val', 'ValBases', 'ValQuery')
              for i in (0, 1, 2, 4)}             # 4 of 5, evenly
     assert set(tags['images']) == shown | {'ValConfusion'}
     for tag in tags['images']:
