@@ -20,6 +20,7 @@ FONT_SIZE, GAP = 14, 6       # of legends and small captions, pixels
 MAX_FONT_SIZE = 24           # of captions; they fit under a panel
 BAR = 12                     # height of a colour bar, pixels
 RED = 220, 20, 20            # a wrong pixel
+OPACITY = 0.55               # of classes over an image
 
 
 # ------------------------------------------------- parts
@@ -41,12 +42,14 @@ def fit_panel(x, size=None):
         x.shape[:2]) > PANEL else cv2.INTER_LINEAR)
 
 
-def blend_classes(image, pred, colours):
+def blend_classes(image, pred, colours, opacity=OPACITY):
     """Blend an image with the classes of pred (H, W) in their colours,
-    outlined; black classes, as background is, stay transparent."""
+    outlined; black classes, as background is, stay transparent, as does 255,
+    void."""
     pred = np.asarray(pred, np.uint8)
     palette = full_palette(colours).astype(np.float32)
-    alpha = 0.55 * palette.any(1)[pred][..., None]              # (H, W, 1)
+    alpha = palette.any(1)[pred] & (pred < len(colours))        # (H, W)
+    alpha = opacity * alpha[..., None]                          # (H, W, 1)
     mixed = (1 - alpha) * image + alpha * palette[pred]
     edge = cv2.morphologyEx(pred, cv2.MORPH_GRADIENT, np.ones((3, 3))) > 0
     mixed[edge] = 255
@@ -131,7 +134,8 @@ def write_note(width, text, size):
 
 
 # ------------------------------------------------- predictions
-def overlay(image, pred, names, colours, all_classes=False):
+def overlay(image, pred, names, colours, all_classes=False, opacity=OPACITY,
+            shown=None):
     """Return an image blended with a prediction, above a legend.
 
     Args:
@@ -139,11 +143,15 @@ def overlay(image, pred, names, colours, all_classes=False):
         pred: (H, W) class indices.
         names, colours: of the classes, [str], [[r, g, b]].
         all_classes: list all classes in the legend, not those that occur.
+        opacity: of the classes, 0..1.
+        shown: indices of the classes that are shown; None for all.
     """
     image, pred = enlarge(image), enlarge(np.asarray(pred, np.uint8))
+    if shown is not None:
+        pred = np.where(np.isin(pred, shown), pred, 255).astype(np.uint8)
     count = np.bincount(pred.ravel(), minlength=len(names))
     present = [i for i in range(len(names)) if all_classes or count[i]]
-    return stack(blend_classes(image, pred, colours),
+    return stack(blend_classes(image, pred, colours, opacity),
                  legend(image.shape[1], [names[i] for i in present],
                         [colours[i] for i in present]))
 
