@@ -309,15 +309,15 @@ class Page:
                                       *given[2 * i:2 * i + 2], opacity, query)
             return [describe_image(name, full), query, *values]
 
-        def upload(path, *given):
+        def upload(path, *given):   # None: room for the next file
             try:
-                return show(*read_upload(path), *given)
+                return [None, *show(*read_upload(path), *given)]
             except UserError as error:
-                raise gr.Error(str(error), print_exception=False) from None
+                return [None, str(error), *[gr.skip()] * (len(outputs) - 1)]
 
         def choose(event: gr.SelectData, *given):
             return show(*self.examples[event.index], *given)
-        file.upload(upload, [file, *inputs], outputs)
+        file.upload(upload, [file, *inputs], [file, *outputs])
         thumbs.select(choose, inputs, outputs)
         self.blocks.load(lambda *given: show(*self.examples[0], *given),
                          inputs, outputs)
