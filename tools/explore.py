@@ -43,6 +43,7 @@ MAX_T = 10
 EXAMPLES = 8                 # images that the page offers
 LISTED, DRAWN = 5, 12        # classes and bases of a pixel; bases of an image
 PORT = 7860
+BUTTONS = ['download', 'fullscreen']    # not gradio's third, which uploads
 HELP = ('Choose or drop an image, then click a pixel of the overlay: its '
         'classes, its bases, and where it attends.')
 LOCK = threading.Lock()      # of the settings, which are each network's own
@@ -203,7 +204,7 @@ class Column:
         self.gr, self.model, has_unit = gr, model, bool(model.unit)
         self.view = gr.State()
         png = {'format': 'png', 'type': 'numpy', 'interactive': False,
-               'show_label': False, 'buttons': ['download', 'fullscreen']}
+               'show_label': False, 'buttons': BUTTONS}
         gr.Markdown(f'### {model.path}' + (
             '' if has_unit else ': no EMA unit, its prediction alone'))
         with gr.Row():
@@ -221,15 +222,13 @@ class Column:
                                       **png)
                 with gr.Row():
                     self.probs, self.bases = (gr.Label(
-                        label=label, show_heading=False, min_width=160,
+                        label=label, show_heading=False, min_width=190,
                         visible=visible) for label, visible in (
                             ('Classes of the pixel', True),
                             ('Bases of the pixel', has_unit)))
         self.about = gr.Markdown(visible=has_unit)
-        self.gallery = gr.Gallery(
-            show_label=False, columns=6, format='png', type='numpy',
-            visible=has_unit, interactive=False, height='auto',
-            elem_classes='bases')
+        self.gallery = gr.Gallery(columns=4, height='auto', visible=has_unit,
+                                  elem_classes='bases', **png)
         self.inputs = [self.view, self.stages, self.shown]
         self.of_pixel = [self.probs, self.bases, self.query]
         self.outputs = [self.view, self.overlay, self.about, self.gallery,
@@ -279,7 +278,8 @@ class Page:
                 thumbs = gr.Gallery(
                     [visualize.fit_panel(image) for _, image in examples],
                     label='Examples', columns=EXAMPLES, height=140, scale=4,
-                    allow_preview=False, interactive=False, min_width=480)
+                    allow_preview=False, interactive=False, min_width=480,
+                    buttons=[])
             self.status = gr.Markdown()
             self.opacity = gr.Slider(0, 1, visualize.OPACITY, step=0.05,
                                      label='Opacity of the classes')
