@@ -88,13 +88,14 @@ def test_a_pixels_classes_and_bases(checkpoints):
     assert len(probs) == len(bases) == 5
 
 
+@torch.no_grad()
 def test_networks_of_other_settings_do_not_mix(checkpoints):
     """Two sessions at once, of two networks and two T: as one by one."""
     models = [explore.Model(path) for path in ('a.pth', 'other.pth')]
     assert [m.settings['STRIDE'] for m in models] == [16, 8]
     assert settings.STRIDE == 16 and models[1].unit is None
-    jobs = [(model, read_image(seed=seed), t) for model in models
-            for seed, t in ((1, 1), (2, 5))]
+    jobs = [(model, read_image((40, 60), seed), t) for model in models
+            for seed, t in ((1, 1), (2, 5))]    # 49 x 65, 41 x 65 padded
 
     def run(job, to):
         model, image, stage_num = job
@@ -103,6 +104,10 @@ def test_networks_of_other_settings_do_not_mix(checkpoints):
     for job in jobs:
         run(job, alone)
     together = [[] for _ in jobs]
+    settings.STRIDE = 8
+    torch.testing.assert_close(alone[2], eval.infer(
+        models[1].net, read_normalised('1.png'))[0])
+    settings.STRIDE = 16
     threads = [threading.Thread(target=lambda i=i: [
         run(jobs[i], together[i]) for _ in range(5)]) for i in range(4)]
     for thread in threads:
