@@ -177,6 +177,18 @@ def test_gradio_is_asked_for_in_a_line(checkpoints, monkeypatch, capsys):
     assert status == 2 and 'python -m pip install gradio' in text
 
 
+def test_a_port_in_use_is_named(checkpoints, monkeypatch, capsys):
+    pytest.importorskip('gradio')
+    with socket.socket() as used:
+        used.bind(('127.0.0.1', 0))
+        used.listen()
+        port = used.getsockname()[1]
+        status, text = refused(
+            explore.main, 'a.pth', '--no-browser', '--port', port,
+            capsys=capsys, monkeypatch=monkeypatch)
+    assert status == 2 and f'--port {port}: it cannot listen there' in text
+
+
 def test_an_upload_that_is_no_image_is_named_without_its_folder(tmp_path):
     path = tmp_path / 'notes.txt'
     path.write_text('notes')

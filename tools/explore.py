@@ -383,9 +383,9 @@ def main():
             footer_links=[], theme=gr.themes.Default(
                 font=['system-ui', 'sans-serif'], font_mono=['monospace']),
             prevent_thread_lock=True)
-    except OSError as error:
-        raise UserError(f'--host {args.host} --port {args.port}: {error}; '
-                        f'name another port') from None
+    except OSError:
+        raise UserError(f'--host {args.host} --port {args.port}: it cannot '
+                        f'listen there; name another port') from None
     log(f'http://{args.host}:{args.port} shows '
         f'{", ".join(model.path for model in models)}; Ctrl-C ends it')
     page.blocks.block_thread()
