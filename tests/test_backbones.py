@@ -475,7 +475,9 @@ def test_a_checkpoint_of_another_encoder_is_refused_unbuilt(
 FAMILIES = {            # (stride, changes)
     'resnet10t': (16, {}), 'resnext26ts': (16, {}), 'regnety_002': (16, {}),
     'efficientnet_lite0': (16, {}), 'mobilenetv3_small_050': (16, {}),
-    'convnext_atto': (16, {}), 'resnest14d': (16, {})}
+    'convnext_atto': (16, {}), 'resnest14d': (16, {}),
+    'res2net50_14w_8s': (32, {}), 'fastvit_t8': (32, {}),
+    'vit_tiny_patch16_224': (16, {'FREEZE': ''})}
 
 
 @pytest.mark.long
