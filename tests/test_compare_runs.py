@@ -77,6 +77,7 @@ def write_experiment(folder, lines=(), where='logdir', **changes):
 
 
 # ------------------------------------------------- real runs
+@pytest.mark.long
 def test_trained_experiments_are_compared(experiments, compare):
     """As a user does; what the command line set counts, not settings.py."""
     done = run_tool('compare_runs', '..', cwd=experiments / 'EMANet18')

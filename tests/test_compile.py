@@ -21,10 +21,6 @@ STEPS = [{'RECOMPUTE': True}, {'LOSS': 'ohem'}, {'FREEZE': 'backbone'},
          {'AMP': 'bf16'}, {'CLASS_WEIGHTS': (1., 2., 3., 4., 5., 6.)}]
 
 
-def optional(cases):
-    return [pytest.param(case, marks=pytest.mark.long) for case in cases]
-
-
 @pytest.fixture
 def graphs(monkeypatch):
     """Have torch.compile refuse what breaks a graph, and not compile it;
@@ -62,8 +58,8 @@ def run_steps(net, optimizer, scaler, weight):
     return losses
 
 
-@pytest.mark.parametrize('changes', [HEADS[0], *optional(
-    HEADS[1:] + UNITS + STEPS)], ids=str)
+@pytest.mark.long
+@pytest.mark.parametrize('changes', HEADS + UNITS + STEPS, ids=str)
 def test_network_and_loss_are_one_graph(small, graphs, changes):
     """Compiled once for three steps, which equal eager ones."""
     vars(settings).update(DROPOUT=0.0, **changes)

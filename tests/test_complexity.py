@@ -95,6 +95,7 @@ def test_bad_words_are_refused(monkeypatch, arguments, message):
 
 
 # ------------------------------------------------- measured
+@pytest.mark.long
 def test_measured_costs(monkeypatch, capsys):
     """Of one row, in its own process: that of inference and of a step."""
     monkeypatch.chdir(REPO)

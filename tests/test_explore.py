@@ -177,6 +177,7 @@ def test_gradio_is_asked_for_in_a_line(checkpoints, monkeypatch, capsys):
     assert status == 2 and 'python -m pip install gradio' in text
 
 
+@pytest.mark.long
 def test_a_port_in_use_is_named(checkpoints, monkeypatch, capsys):
     pytest.importorskip('gradio')
     with socket.socket() as used:

@@ -212,6 +212,7 @@ def test_an_export_that_disagrees_is_not_written(net, monkeypatch, capsys):
 
 
 # ------------------------------------------------- safetensors
+@pytest.mark.long
 def test_the_lines_of_the_docs_for_network_py(net, tmp_path):
     """In a folder with network.py alone, and bit-equal weights."""
     done = run_tool('export', 'net.safetensors', 'a.pth', cwd=tmp_path)

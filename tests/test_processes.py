@@ -300,8 +300,8 @@ def test_mixed_precision_trains_on_what_it_should(small, name, monkeypatch):
     note('upsample', network, network.upsample)
     note('cross_entropy', train.F, train.F.cross_entropy)
     inner = network.EMAU.em
-    monkeypatch.setattr(network.EMAU, 'em', lambda unit, x, mu: (
-        seen.update(em=x.dtype), inner(unit, x, mu))[1])
+    monkeypatch.setattr(network.EMAU, 'em', lambda unit, x, mu, stage_num: (
+        seen.update(em=x.dtype), inner(unit, x, mu, stage_num))[1])
     vars(settings).update(AMP=name, ITER_MAX=1, VAL_SPLIT='', CROP_SIZE=33)
     train_here(monkeypatch)
     short = {'bf16': torch.bfloat16, 'fp16': torch.float16}[name]

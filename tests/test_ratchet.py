@@ -42,9 +42,8 @@ def read_table():
 
 
 # ------------------------------------------------- the ratchet
-@pytest.mark.parametrize('row', [
-    row if row == 'EMANet 512' else pytest.param(row, marks=pytest.mark.long)
-    for row in complexity.ROWS])
+@pytest.mark.long
+@pytest.mark.parametrize('row', complexity.ROWS)
 def test_a_step_costs_what_the_docs_say(row):
     recorded, b = read_table()[row], settings.BATCH_SIZE
     for name, amp in (('float32', None), ('bf16', torch.bfloat16)):

@@ -84,6 +84,7 @@ def test_the_test_servers_archive(small, tmp_path, monkeypatch):
     assert not os.path.exists('results.csv')
 
 
+@pytest.mark.long
 def test_several_processes_make_one_archive(small, tmp_path):
     """The first, which packs, has done its share long before the second."""
     write_unlabelled(tmp_path / 'set', {'little': (33, 33),
