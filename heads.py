@@ -207,6 +207,8 @@ def build_network():
             s.EM_GRAD, s.EM_MOM, s.DROPOUT, extractor=extractor)
         if s.HEAD == 'no_ema':          # drawn too: the others' weights stay
             net.emau = nn.Identity()
+        elif s.EM_ZERO_INIT:            # as torchvision's zero_init_residual
+            nn.init.zeros_(net.emau.conv2[1].weight)
     elif s.HEAD == 'nonlocal':
         net = network.EMANet(s.N_CLASSES, s.N_LAYERS, s.STRIDE, s.STEM,
                              s.EM_CHANNELS, dropout=s.DROPOUT,

@@ -51,6 +51,7 @@ EM_KEEP = 'moving_avg'       # bases: 'moving_avg', 'learned', 'fixed'
 EM_MOM = 0.9                 # share of the bases kept a step (moving_avg)
 EM_NORM = 'l2'               # of the bases: 'l2', 'layer', 'none'
 EM_GRAD = False              # True: gradient through the last iteration
+EM_ZERO_INIT = False         # True: the unit starts as the identity
 
 # ---------------------------------------------------------------- training
 BATCH_SIZE = 16              # images a step, over all processes
@@ -144,6 +145,7 @@ _TABLE = {
     'EM_MOM': (float, '0 to 1', 'network'),
     'EM_NORM': (str, ('l2', 'layer', 'none'), 'network'),
     'EM_GRAD': (bool, None, 'network'),
+    'EM_ZERO_INIT': (bool, None, 'run'),
     'BATCH_SIZE': (int, '1 to 65,536', 'run'),
     'ACCUM': (int, '1 to 65,536', 'run'),
     'ITER_MAX': (int, '1 to 100,000,000', 'run'),

@@ -25,7 +25,7 @@ SETTINGS = {
     'PRETRAINED_PARTIAL': False, 'INIT_FROM': '',
     'EM_CHANNELS': 512, 'EM_BASES': 64, 'STAGE_NUM': 3, 'STAGE_NUM_EVAL': 0,
     'EM_KEEP': 'moving_avg', 'EM_MOM': 0.9, 'EM_NORM': 'l2',
-    'EM_GRAD': False,
+    'EM_GRAD': False, 'EM_ZERO_INIT': False,
     'BATCH_SIZE': 16, 'ACCUM': 1, 'ITER_MAX': 30000, 'LR': 9e-3,
     'OPTIMIZER': 'sgd', 'LR_MOM': 0.9, 'SCHEDULE': 'poly',
     'LR_DECAY': 10, 'POLY_POWER': 0.9, 'WARMUP': 0, 'BACKBONE_LR': 1.0,

@@ -69,10 +69,14 @@ def test_pairs_differ_in_the_head_alone():
             != no_ema.changes[name]} == {'HEAD'}
     assert [*ema.changes] == [*no_ema.changes] and ema.seed == no_ema.seed
     assert ema.scorings == no_ema.scorings
-    assert {run.key for run in plan} == {run.key for run in plan[:15]}
-    assert [scoring['STAGE_NUM_EVAL'] for run in plan[15:20]
+    why, again = plan[15:20], plan[20:]
+    assert [run.name for run in why] == [f'long.{x}' for x in comparison.WHY]
+    assert {run.key for run in again} == {run.key for run in plan[:15]}
+    assert [scoring['STAGE_NUM_EVAL'] for run in again[:5]
             for scoring in run.scorings] == 5 * [1, 2, 4, 5, 6, 7, 8]
-    assert [run.name for run in plan[20:]] == names
+    assert [run.name for run in again[5:]] == names
+    for a, b in comparison.PAIRS:
+        assert {f'long.{a}', f'long.{b}'} <= {run.name for run in plan}
     for run in plan + comparison.plan_short(2):     # each word is a setting
         settings.override([f'{name}={value}' for changes in (
             comparison.RECIPE, run.changes, *run.scorings)
@@ -188,6 +192,7 @@ def test_a_stopped_comparison_is_resumed(stop_at, compare, monkeypatch):
     monkeypatch.setattr(compare_heads, 'execute', scripts.execute)
     monkeypatch.setattr(comparison, 'LONG_HEADS', {
         name: ({'HEAD': name}, 2) for name in ('ema', 'no_ema')})
+    monkeypatch.setattr(comparison, 'WHY', {})
     monkeypatch.setattr(comparison, 'PAIRS', [('ema', 'no_ema')])
     monkeypatch.setattr(compare_heads, 'ThreadPoolExecutor', OneByOne)
     with pytest.raises(RunError, match='stopped'):
@@ -245,6 +250,7 @@ def test_a_long_comparison_by_its_scripts(compare, monkeypatch):
         'N_CLASSES': 6, 'TRAIN_SPLIT': 'train'})
     monkeypatch.setattr(comparison, 'LONG_HEADS', {
         name: ({'HEAD': name}, 1) for name in ('ema', 'no_ema')})
+    monkeypatch.setattr(comparison, 'WHY', {})
     monkeypatch.setattr(comparison, 'PAIRS', [('ema', 'no_ema')])
     monkeypatch.setattr(comparison, 'STAGES', range(3, 5))
     monkeypatch.setattr(compare_heads, 'ThreadPoolExecutor', OneByOne)

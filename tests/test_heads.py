@@ -83,6 +83,22 @@ def test_settings_reach_the_unit():
     assert unit.conv2[1].momentum == net.extractor[1].momentum == 0.1
 
 
+def test_a_unit_of_zero_init_starts_as_the_identity():
+    """All other weights are those of the same seed without it; it learns."""
+    nets = []
+    for settings.EM_ZERO_INIT in (False, True):
+        vars(settings).update(TINY)
+        torch.manual_seed(0)
+        nets.append(heads.build_network())
+    plain, zero = (net.state_dict() for net in nets)
+    assert [key for key in plain if not plain[key].equal(zero[key])] == [
+        'emau.conv2.1.weight']
+    unit, x = nets[1].emau, torch.rand(2, settings.EM_CHANNELS, 5, 5)
+    assert unit(x).equal(x) and not nets[0].emau(x).allclose(x)
+    unit(x).square().sum().backward()
+    assert unit.conv2[1].weight.grad.abs().min() > 0
+
+
 @pytest.mark.parametrize('changes', (
     {}, {'EM_BASES': 5, 'EM_KEEP': 'learned'}), ids=str)
 def test_no_ema_is_emanet_without_its_unit(changes, small):

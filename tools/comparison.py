@@ -35,10 +35,17 @@ SWITCHES = ('STAGE_NUM=1', 'STAGE_NUM=2', 'STAGE_NUM=4', 'STAGE_NUM=8',
 LONG_HEADS = {'ema': ({'HEAD': 'ema'}, 5), 'no_ema': ({'HEAD': 'no_ema'}, 5),
               'nonlocal': ({'HEAD': 'nonlocal'}, 3),    # changes, seeds
               'learned': ({'EM_KEEP': 'learned'}, 2)}
+LONGER = {'ITER_MAX': 2400, 'ITER_VAL': 480}
+WHY = {'grad': ({'EM_GRAD': True}, 1), 'zero': ({'EM_ZERO_INIT': True}, 1),
+       'grad_zero': ({'EM_GRAD': True, 'EM_ZERO_INIT': True}, 1),
+       'ema_2400': (LONGER, 1),         # what the difference comes from
+       'no_ema_2400': ({'HEAD': 'no_ema', **LONGER}, 1)}
 LONG_SCORED = {'test': {'VAL_SPLIT': 'test', **SINGLE},
                'test, MS + flip': {'VAL_SPLIT': 'test', **MULTI_SCALE},
                'val': {'VAL_SPLIT': 'val', **SINGLE}}
-PAIRS = ('ema', 'no_ema'), ('nonlocal', 'no_ema'), ('learned', 'ema')
+PAIRS = (('ema', 'no_ema'), ('nonlocal', 'no_ema'), ('learned', 'ema'),
+         ('grad', 'ema'), ('zero', 'ema'), ('grad_zero', 'ema'),
+         ('ema_2400', 'no_ema_2400'))
 STAGES = range(1, 9)        # T in evaluation
 WEIGHTS = 'net', 'average'
 
@@ -89,16 +96,20 @@ def plan_short(seeds):
 
 def plan_long(seeds):
     """Return the long runs, all of a seed before the next, EMANet's pair of
-    runs first; then they come again, to be scored in the ways that take
-    longest."""
+    runs first; then those of WHY; then the first come again, to be scored in
+    the ways that take longest."""
     single, multi_scale, val = LONG_SCORED.values()
     stages = tuple({**single, 'STAGE_NUM_EVAL': t}
                    for t in STAGES if t != settings.STAGE_NUM)
-    return [Run(f'long.{name}', 'camvid', seed, {**LONG, **changes}, scorings)
-            for scorings in ((single, val), stages, (multi_scale,))
-            for seed in range(1, seeds + 1)
-            for name, (changes, count) in LONG_HEADS.items()
-            if seed <= count and (name == 'ema' or scorings is not stages)]
+
+    def plan(names, *scorings):
+        return [Run(f'long.{name}', 'camvid', seed, {**LONG, **changes},
+                    scorings)
+                for seed in range(1, seeds + 1)
+                for name, (changes, count) in names.items() if seed <= count]
+    return [*plan(LONG_HEADS, single, val), *plan(WHY, single, val),
+            *plan({'ema': LONG_HEADS['ema']}, *stages),
+            *plan(LONG_HEADS, multi_scale)]
 
 
 # ------------------------------------------------- what was run
@@ -249,7 +260,8 @@ def print_long(args):
     print_table(['camvid', *titles], [
         [name, *(describe_spread([*long_scores(
             args, name, scoring, weights).values()])
-            for _, scoring, weights in columns)] for name in LONG_HEADS])
+            for _, scoring, weights in columns)]
+        for name in (*LONG_HEADS, *WHY)])
     print('\nDifference of one seed, in points: mean ± standard error (seeds)')
     print_table(['camvid', *titles], [
         [f'{a} - {b}', *(describe_difference(*(
@@ -275,7 +287,7 @@ def print_long(args):
 def print_training(args):
     """Print what the long runs cost, and whether their curves are flat."""
     costs, rows = read_costs(args.to), []
-    for name in LONG_HEADS:
+    for name in (*LONG_HEADS, *WHY):
         curves, average, loss, seconds = (
             long_curves(args, name, column) for column in (
                 'val_mIoU', 'val_mIoU_average', 'loss', 's_a_step'))
