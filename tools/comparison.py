@@ -95,9 +95,9 @@ def plan_short(seeds):
 
 
 def plan_long(seeds):
-    """Return the long runs, all of a seed before the next, EMANet's pair of
-    runs first; then those of WHY; then the first come again, to be scored in
-    the ways that take longest."""
+    """Return the long runs, EMANet and its control first, seed by seed, then
+    those that ask why; then the first come again, to be scored in the ways
+    that take longest."""
     single, multi_scale, val = LONG_SCORED.values()
     stages = tuple({**single, 'STAGE_NUM_EVAL': t}
                    for t in STAGES if t != settings.STAGE_NUM)
@@ -107,9 +107,13 @@ def plan_long(seeds):
                     scorings)
                 for seed in range(1, seeds + 1)
                 for name, (changes, count) in names.items() if seed <= count]
-    return [*plan(LONG_HEADS, single, val), *plan(WHY, single, val),
+    pair, others = ({name: LONG_HEADS[name] for name in LONG_HEADS
+                     if (name in PAIRS[0]) == wanted}
+                    for wanted in (True, False))
+    return [*plan(pair, single, val), *plan(others, single, val),
+            *plan(WHY, single, val),
             *plan({'ema': LONG_HEADS['ema']}, *stages),
-            *plan(LONG_HEADS, multi_scale)]
+            *plan(pair, multi_scale), *plan(others, multi_scale)]
 
 
 # ------------------------------------------------- what was run
