@@ -193,8 +193,14 @@ def test_an_onnx_file_of_another_program_is_refused(small, monkeypatch,
     assert status == 2 and 'theirs.onnx was not written by' in line
 
 
-def test_an_export_that_disagrees_is_not_written(net, monkeypatch, capsys):
-    """The tracing is left out: a network of noise takes the file's place."""
+@pytest.mark.parametrize('loaded, line', (
+    (lambda path: lambda x: torch.randn(len(x), 6, *x.shape[2:]),
+     'agrees with PyTorch on only'),
+    (export.OnnxNetwork, 'cannot run what ResNet-18, plain stem becomes')))
+def test_an_export_that_disagrees_is_not_written(net, loaded, line,
+                                                 monkeypatch, capsys):
+    """The tracing is left out: a network of noise, and an empty file, take
+    the file's place."""
     class Program:
         class model:
             metadata_props = {}
@@ -203,11 +209,10 @@ def test_an_export_that_disagrees_is_not_written(net, monkeypatch, capsys):
             with open(path, 'w'):
                 pass
     monkeypatch.setattr(torch.onnx, 'export', lambda *_, **__: Program())
-    monkeypatch.setattr(export, 'OnnxNetwork', lambda path: lambda x:
-                        torch.randn(len(x), 6, *x.shape[2:]))
-    status, line = refused(export.main, 'new/net.onnx', 'a.pth',
+    monkeypatch.setattr(export, 'OnnxNetwork', loaded)
+    status, text = refused(export.main, 'new/net.onnx', 'a.pth',
                            capsys=capsys, monkeypatch=monkeypatch)
-    assert status == 1 and 'net.onnx is not written' in line
+    assert status == 1 and 'net.onnx is not written' in text and line in text
     assert os.listdir() == ['a.pth']
 
 

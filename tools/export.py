@@ -70,7 +70,8 @@ def write_onnx(net, metadata, path, images):
     """
     for module in ('onnx', 'onnxscript', 'onnxruntime'):
         utils.import_optional(module)
-    log(f'{path}: the network is traced, which takes up to a minute')
+    log(f'{path}: the network is traced, which takes up to a minute, '
+        f'for window attention several')
     try:
         program = torch.onnx.export(
             PaddedNetwork(net).eval(), (torch.zeros(2, 3, 70, 90),),
@@ -86,7 +87,12 @@ def write_onnx(net, metadata, path, images):
         part = os.path.join(folder, 'net.onnx')
         with writing(part):
             program.save(part, external_data=False)
-        share, difference = compare(net, OnnxNetwork(part), images)
+        try:
+            share, difference = compare(net, OnnxNetwork(part), images)
+        except UserError:
+            raise RunError(f'{path} is not written: onnxruntime cannot run '
+                           f'what {describe_setting()} becomes for images of '
+                           f'any size') from None
         if share < MIN_AGREEMENT:
             raise RunError(f'{path} is not written: onnxruntime agrees with '
                            f'PyTorch on only {share:.2%} of the pixels')
