@@ -31,8 +31,8 @@ def fold_batch_norm(net):
     difference = (predict_logits(folded, noise) - want).abs().max()
     if not difference <= MAX_DIFFERENCE * want.abs().max():
         log_once(f'batch norm of {settings.BACKBONE or settings.HEAD} cannot '
-                  f'be folded into its convolutions: the network is run as it '
-                  f'is')
+                 f'be folded into its convolutions: the network is run as it '
+                 f'is')
         folded = copy.deepcopy(net).eval()
     return folded.to(parameter.device, memory_format=torch.channels_last)
 

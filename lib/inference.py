@@ -138,8 +138,8 @@ def window_size(size, scales):
         return 0
     if not wanted:
         log_once(f'above {MAX_WHOLE} pixels, at the largest scale, images '
-                  f'are predicted by a sliding window of {side} x {side}; '
-                  f'EVAL_WINDOW sets its side')
+                 f'are predicted by a sliding window of {side} x {side}; '
+                 f'EVAL_WINDOW sets its side')
     return side
 
 

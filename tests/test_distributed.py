@@ -236,6 +236,7 @@ distributed.leave(75)
 """
 
 
+@pytest.mark.long
 def test_a_module_joins_its_two_processes(tmp_path):
     (tmp_path / 'pack').mkdir()
     (tmp_path / 'pack' / '__init__.py').touch()

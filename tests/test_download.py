@@ -101,6 +101,7 @@ def test_download_resumes_a_part(part, ignore, sent, expected, server,
     assert server.ranges == [f'bytes={part}-'] and server.sent == sent
 
 
+@pytest.mark.long
 def test_processes_that_want_one_file_fetch_it_once(server, tmp_path):
     """Together they would write one .part, which no hash fits."""
     child = (f'import sys; sys.path.insert(0, {REPO!r})\n'

@@ -312,6 +312,7 @@ def test_mixed_precision_trains_on_what_it_should(small, name, monkeypatch):
     assert bool(state['scaler']) == (name == 'fp16')
 
 
+@pytest.mark.long
 def test_labels_are_checked_before_several_processes_score(small, toy,
                                                            tmp_path):
     """Masks of 0 and 255 alone are refused, as by one process."""

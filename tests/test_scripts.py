@@ -183,6 +183,7 @@ def test_ci_runs_all_tests_and_fails_where_some_fail(quick, long, status,
 
 
 # ------------------------------------------------- an example of the docs
+@pytest.mark.long
 def test_your_own_head_in_20_lines(folder, toy):
     """The patch of the docs, in a fork, trains and evaluates."""
     patch = read_blocks('diff', 'docs/your_own_head.md')[0]

@@ -36,9 +36,10 @@ LONG_HEADS = {'ema': ({'HEAD': 'ema'}, 5), 'no_ema': ({'HEAD': 'no_ema'}, 5),
               'nonlocal': ({'HEAD': 'nonlocal'}, 3),    # changes, seeds
               'learned': ({'EM_KEEP': 'learned'}, 2)}
 LONGER = {'ITER_MAX': 2400, 'ITER_VAL': 480}
+# of what the difference between EMANet and its control may come
 WHY = {'grad': ({'EM_GRAD': True}, 1), 'zero': ({'EM_ZERO_INIT': True}, 1),
        'grad_zero': ({'EM_GRAD': True, 'EM_ZERO_INIT': True}, 1),
-       'ema_2400': (LONGER, 1),         # what the difference comes from
+       'ema_2400': (LONGER, 1),
        'no_ema_2400': ({'HEAD': 'no_ema', **LONGER}, 1)}
 LONG_SCORED = {'test': {'VAL_SPLIT': 'test', **SINGLE},
                'test, MS + flip': {'VAL_SPLIT': 'test', **MULTI_SCALE},
