@@ -3,10 +3,12 @@ comparison that was stopped is resumed and repeats nothing.
 
     python -m pytest tests/test_compare_heads.py [-m long]
 """
+import argparse
 import csv
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -193,7 +195,6 @@ def test_a_stopped_comparison_is_resumed(stop_at, compare, monkeypatch):
         name: ({'HEAD': name}, 2) for name in ('ema', 'no_ema')})
     monkeypatch.setattr(comparison, 'WHY', {})
     monkeypatch.setattr(comparison, 'PAIRS', [('ema', 'no_ema')])
-    monkeypatch.setattr(compare_heads, 'ThreadPoolExecutor', OneByOne)
     with pytest.raises(RunError, match='stopped'):
         compare()
     scripts.stop_at = None
@@ -222,18 +223,20 @@ def test_a_stopped_comparison_is_resumed(stop_at, compare, monkeypatch):
         assert len(list(csv.DictReader(file))) == 4 * 5
 
 
-class OneByOne:
-    """A pool whose runs are in the caller's thread, and end with the first
-    that fails."""
+def test_after_a_failure_no_run_starts(monkeypatch):
+    """But what runs beside it ends."""
+    begun, ended = [], []
 
-    def __init__(self, jobs):
-        self.map = map
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        pass
+    def carry_out(run, args):
+        begun.append(run)
+        if run == 'b':
+            raise RunError('b failed')
+        time.sleep(0.2)
+        ended.append(run)
+    monkeypatch.setattr(compare_heads, 'carry_out', carry_out)
+    with pytest.raises(RunError, match='b failed'):
+        compare_heads.carry_out_all('abcd', argparse.Namespace(jobs=2))
+    assert begun == ['a', 'b'] and ended == ['a']
 
 
 @pytest.mark.long
@@ -252,7 +255,6 @@ def test_a_long_comparison_by_its_scripts(compare, monkeypatch):
     monkeypatch.setattr(comparison, 'WHY', {})
     monkeypatch.setattr(comparison, 'PAIRS', [('ema', 'no_ema')])
     monkeypatch.setattr(comparison, 'STAGES', range(3, 5))
-    monkeypatch.setattr(compare_heads, 'ThreadPoolExecutor', OneByOne)
     inner = compare_heads.execute
 
     def cut_off(*arguments, **changes):

@@ -27,7 +27,7 @@ import csv
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from threading import Lock
+from threading import Event, Lock
 
 import numpy as np
 
@@ -74,6 +74,22 @@ def carry_out(run, args):
         execute(args, run.key, 'eval.py', run.final, **{**scoring, **places})
     with LOCK:
         print(f'{time.strftime("%H:%M:%S")} {run.key} is done', flush=True)
+
+
+def carry_out_all(runs, args):
+    """Carry out runs, args.jobs at a time; once one failed, no other starts,
+    as one that is stopped shall stop all."""
+    failed = Event()
+
+    def attempt(run):
+        if not failed.is_set():
+            try:
+                carry_out(run, args)
+            except BaseException:
+                failed.set()
+                raise
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(attempt, runs))
 
 
 def execute(args, key, script, *words, **changes):
@@ -179,10 +195,7 @@ def main():
         given = link_sets(args)
         plan = (comparison.plan_long if args.long
                 else comparison.plan_short)(args.seeds)
-        with ThreadPoolExecutor(args.jobs) as pool:
-            for _ in pool.map(lambda run: carry_out(run, args),
-                              [run for run in plan if run.data in given]):
-                pass
+        carry_out_all([run for run in plan if run.data in given], args)
     (comparison.print_long if args.long else comparison.print_short)(args)
     if args.figure:
         comparison.draw_curves(args)

@@ -32,14 +32,16 @@ SET_HEADS = {'camvid': HEADS, 'animals': HEADS[:3]}     # of each data set
 SWITCHES = ('STAGE_NUM=1', 'STAGE_NUM=2', 'STAGE_NUM=4', 'STAGE_NUM=8',
             'EM_KEEP=learned', 'EM_KEEP=fixed', 'EM_NORM=layer',
             'EM_NORM=none', 'EM_GRAD=True')             # on camvid
-LONG_HEADS = {'ema': ({'HEAD': 'ema'}, 5), 'no_ema': ({'HEAD': 'no_ema'}, 5),
+EMA = {'HEAD': 'ema'}
+LONG_HEADS = {'ema': (EMA, 5), 'no_ema': ({'HEAD': 'no_ema'}, 5),
               'nonlocal': ({'HEAD': 'nonlocal'}, 3),    # changes, seeds
-              'learned': ({'EM_KEEP': 'learned'}, 2)}
+              'learned': ({**EMA, 'EM_KEEP': 'learned'}, 2)}
 LONGER = {'ITER_MAX': 2400, 'ITER_VAL': 480}
 # of what the difference between EMANet and its control may come
-WHY = {'grad': ({'EM_GRAD': True}, 1), 'zero': ({'EM_ZERO_INIT': True}, 1),
-       'grad_zero': ({'EM_GRAD': True, 'EM_ZERO_INIT': True}, 1),
-       'ema_2400': (LONGER, 1),
+WHY = {'grad': ({**EMA, 'EM_GRAD': True}, 1),
+       'zero': ({**EMA, 'EM_ZERO_INIT': True}, 1),
+       'grad_zero': ({**EMA, 'EM_GRAD': True, 'EM_ZERO_INIT': True}, 1),
+       'ema_2400': ({**EMA, **LONGER}, 1),
        'no_ema_2400': ({'HEAD': 'no_ema', **LONGER}, 1)}
 LONG_SCORED = {'test': {'VAL_SPLIT': 'test', **SINGLE},
                'test, MS + flip': {'VAL_SPLIT': 'test', **MULTI_SCALE},
@@ -89,7 +91,7 @@ def plan_short(seeds):
                  for head in HEADS for data in SETS
                  if head in SET_HEADS[data]]
         runs += [Run(switch.replace('=', '-'), 'camvid', seed,
-                     dict([switch.split('=')]),
+                     {**EMA, **dict([switch.split('=')])},
                      ({**SCORED['camvid'], **SINGLE},))
                  for switch in SWITCHES]
     return runs
