@@ -35,20 +35,17 @@ SWITCHES = ('STAGE_NUM=1', 'STAGE_NUM=2', 'STAGE_NUM=4', 'STAGE_NUM=8',
 EMA = {'HEAD': 'ema'}
 LONG_HEADS = {'ema': (EMA, 5), 'no_ema': ({'HEAD': 'no_ema'}, 5),
               'nonlocal': ({'HEAD': 'nonlocal'}, 3),    # changes, seeds
-              'learned': ({**EMA, 'EM_KEEP': 'learned'}, 2)}
-LONGER = {'ITER_MAX': 2400, 'ITER_VAL': 480}
-# of what the difference between EMANet and its control may come
-WHY = {'grad': ({**EMA, 'EM_GRAD': True}, 1),
-       'zero': ({**EMA, 'EM_ZERO_INIT': True}, 1),
-       'grad_zero': ({**EMA, 'EM_GRAD': True, 'EM_ZERO_INIT': True}, 1),
-       'ema_2400': ({**EMA, **LONGER}, 1),
-       'no_ema_2400': ({'HEAD': 'no_ema', **LONGER}, 1)}
+              'learned': ({**EMA, 'EM_KEEP': 'learned'}, 2),
+              # of what the difference between the first two may come:
+              'zero': ({**EMA, 'EM_ZERO_INIT': True}, 3),
+              'grad': ({**EMA, 'EM_GRAD': True}, 1),
+              'ema_2400': ({**EMA, 'ITER_MAX': 2400, 'ITER_VAL': 480}, 1)}
 LONG_SCORED = {'test': {'VAL_SPLIT': 'test', **SINGLE},
                'test, MS + flip': {'VAL_SPLIT': 'test', **MULTI_SCALE},
                'val': {'VAL_SPLIT': 'val', **SINGLE}}
 PAIRS = (('ema', 'no_ema'), ('nonlocal', 'no_ema'), ('learned', 'ema'),
-         ('grad', 'ema'), ('zero', 'ema'), ('grad_zero', 'ema'),
-         ('ema_2400', 'no_ema_2400'))
+         ('grad', 'ema'), ('zero', 'ema'), ('zero', 'no_ema'),
+         ('zero', 'nonlocal'), ('ema_2400', 'no_ema'))
 STAGES = range(1, 9)        # T in evaluation
 WEIGHTS = 'net', 'average'
 
@@ -98,9 +95,9 @@ def plan_short(seeds):
 
 
 def plan_long(seeds):
-    """Return the long runs, EMANet and its control first, seed by seed, then
-    those that ask why; then the first come again, to be scored in the ways
-    that take longest."""
+    """Return the long runs, EMANet and its control first, seed by seed; then
+    those of several seeds come again, to be scored in the ways that take
+    longest."""
     single, multi_scale, val = LONG_SCORED.values()
     stages = tuple({**single, 'STAGE_NUM_EVAL': t}
                    for t in STAGES if t != settings.STAGE_NUM)
@@ -109,14 +106,14 @@ def plan_long(seeds):
         return [Run(f'long.{name}', 'camvid', seed, {**LONG, **changes},
                     scorings)
                 for seed in range(1, seeds + 1)
-                for name, (changes, count) in names.items() if seed <= count]
-    pair, others = ({name: LONG_HEADS[name] for name in LONG_HEADS
-                     if (name in PAIRS[0]) == wanted}
-                    for wanted in (True, False))
+                for name in names
+                for changes, count in [LONG_HEADS[name]] if seed <= count]
+    pair = PAIRS[0]
+    others = [name for name in LONG_HEADS if name not in pair]
+    several = [name for name in others if LONG_HEADS[name][1] > 1]
     return [*plan(pair, single, val), *plan(others, single, val),
-            *plan(WHY, single, val),
-            *plan({'ema': LONG_HEADS['ema']}, *stages),
-            *plan(pair, multi_scale), *plan(others, multi_scale)]
+            *plan(['ema'], *stages), *plan(pair, multi_scale),
+            *plan(several, multi_scale)]
 
 
 # ------------------------------------------------- what was run
@@ -268,7 +265,7 @@ def print_long(args):
         [name, *(describe_spread([*long_scores(
             args, name, scoring, weights).values()])
             for _, scoring, weights in columns)]
-        for name in (*LONG_HEADS, *WHY)])
+        for name in LONG_HEADS])
     print('\nDifference of one seed, in points: mean ± standard error (seeds)')
     print_table(['camvid', *titles], [
         [f'{a} - {b}', *(describe_difference(*(
@@ -294,7 +291,7 @@ def print_long(args):
 def print_training(args):
     """Print what the long runs cost, and whether their curves are flat."""
     costs, rows = read_costs(args.to), []
-    for name in (*LONG_HEADS, *WHY):
+    for name in LONG_HEADS:
         curves, average, loss, seconds = (
             long_curves(args, name, column) for column in (
                 'val_mIoU', 'val_mIoU_average', 'loss', 's_a_step'))
