@@ -310,14 +310,11 @@ def print_training(args):
 
 
 def draw_curves(args):
-    """Write the mean curves of the long runs into args.figure."""
-    curves = {}
-    for name in LONG_HEADS:
-        for column in ('val_mIoU', 'val_mIoU_average'):
-            found = long_curves(args, name, column)
-            if found:
-                label = name + ', average' * column.endswith('average')
-                curves[f'{label} ({len(found)})'] = np.mean(found, 0)
+    """Write the mean curves of the long runs, not of their averaged weights,
+    into args.figure."""
+    found = {name: long_curves(args, name, 'val_mIoU') for name in LONG_HEADS}
+    curves = {f'{name} ({len(each)})': np.mean(each, 0)
+              for name, each in found.items() if each}
     if not curves:
         raise UserError(f'--figure {args.figure}: {args.to} has no curves.csv '
                         f'of long runs; run the comparison with --long')
