@@ -51,7 +51,7 @@ EM_KEEP = 'moving_avg'       # bases: 'moving_avg', 'learned', 'fixed'
 EM_MOM = 0.9                 # share of the bases kept a step (moving_avg)
 EM_NORM = 'l2'               # of the bases: 'l2', 'layer', 'none'
 EM_GRAD = False              # True: gradient through the last iteration
-EM_ZERO_INIT = False         # True: the unit starts as the identity
+EM_ZERO_INIT = False         # True: the unit starts as the identity (ours)
 
 # ---------------------------------------------------------------- training
 BATCH_SIZE = 16              # images a step, over all processes

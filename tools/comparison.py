@@ -33,19 +33,22 @@ SWITCHES = ('STAGE_NUM=1', 'STAGE_NUM=2', 'STAGE_NUM=4', 'STAGE_NUM=8',
             'EM_KEEP=learned', 'EM_KEEP=fixed', 'EM_NORM=layer',
             'EM_NORM=none', 'EM_GRAD=True')             # on camvid
 EMA = {'HEAD': 'ema'}
+LONGER = {'ITER_MAX': 2400, 'ITER_VAL': 480}
 LONG_HEADS = {'ema': (EMA, 5), 'no_ema': ({'HEAD': 'no_ema'}, 5),
               'nonlocal': ({'HEAD': 'nonlocal'}, 3),    # changes, seeds
               'learned': ({**EMA, 'EM_KEEP': 'learned'}, 2),
               # of what the difference between the first two may come:
               'zero': ({**EMA, 'EM_ZERO_INIT': True}, 3),
               'grad': ({**EMA, 'EM_GRAD': True}, 1),
-              'ema_2400': ({**EMA, 'ITER_MAX': 2400, 'ITER_VAL': 480}, 1)}
+              'ema_2400': ({**EMA, **LONGER}, 1),
+              'no_ema_2400': ({'HEAD': 'no_ema', **LONGER}, 1)}
 LONG_SCORED = {'test': {'VAL_SPLIT': 'test', **SINGLE},
                'test, MS + flip': {'VAL_SPLIT': 'test', **MULTI_SCALE},
                'val': {'VAL_SPLIT': 'val', **SINGLE}}
 PAIRS = (('ema', 'no_ema'), ('nonlocal', 'no_ema'), ('learned', 'ema'),
          ('grad', 'ema'), ('zero', 'ema'), ('zero', 'no_ema'),
-         ('zero', 'nonlocal'), ('ema_2400', 'no_ema'))
+         ('zero', 'nonlocal'), ('ema_2400', 'ema'),
+         ('ema_2400', 'no_ema_2400'))
 STAGES = range(1, 9)        # T in evaluation
 WEIGHTS = 'net', 'average'
 
