@@ -17,11 +17,11 @@ to 8 in evaluation. Runs of one seed start from the same weights and read the
 same images in the same order.
 
 DIR (`compare`) keeps results.csv, which eval.py writes, runs.csv (seconds and
-memory of training; of a run that was resumed, of its last part) and curves.csv
-(validations of the long runs). A comparison that was stopped is resumed: what
-results.csv has is not run again. OMP_NUM_THREADS sets the threads of a run;
-else --jobs runs share the cores. --table prints the tables of what was run,
---figure draws the curves of the long runs.
+memory of training; of a run that was resumed, of its last part; the weight of
+its unit at the end) and curves.csv (validations of the long runs). One that
+was stopped is resumed: what results.csv has is not run again. OMP_NUM_THREADS
+sets the threads of a run; else --jobs runs share the cores. --table prints the
+tables of what was run, --figure draws the curves of the long runs.
 """
 import csv
 import os
@@ -30,8 +30,10 @@ from concurrent.futures import ThreadPoolExecutor
 from threading import Event, Lock
 
 import numpy as np
+import torch
 
 from dataset import LABELS, LISTS
+from lib.checkpoint import read_checkpoint
 from lib.pretrained import KNOWN
 from predict import check_folder
 from tools import comparison
@@ -39,7 +41,7 @@ from tools.comparison import RECIPE, SETS, WEIGHTS, find_score, read_rows
 from tools.measure import start_script
 from utils import RunError, UserError, git_hash, make_parser, run_main
 
-RUNS = ('name', 'seconds', 'memory_MB', 'git')
+RUNS = ('name', 'seconds', 'memory_MB', 'git', 'unit_weight')
 CURVES = ('name', 'step', 'loss', 'val_mIoU', 'val_mIoU_average', 's_a_step')
 LOCK = Lock()
 
@@ -67,7 +69,8 @@ def carry_out(run, args):
             'MODEL_DIR': f'models/{run.key}', 'PRETRAINED': args.weights,
             **run.changes})
         append_rows(args.to, 'runs.csv', RUNS, [
-            [run.key, f'{seconds:.1f}', round(memory), git_hash()]])
+            [run.key, f'{seconds:.1f}', round(memory), git_hash(),
+             unit_weight(os.path.join(args.to, run.final))]])
     if missing and run.changes.get('ITER_VAL'):
         record_curve(args.to, run.key)
     for scoring in missing:
@@ -105,6 +108,16 @@ def execute(args, key, script, *words, **changes):
     if status:
         raise RunError(f'{script} failed for {key}; {log.name} says why')
     return time.perf_counter() - start, used.ru_maxrss / 1024
+
+
+def unit_weight(path):
+    """Return the mean size of the weights of a unit's last batch norm, as
+    text, '' without a unit. It starts at 1, by EM_ZERO_INIT and of NonLocal
+    at 0, where the unit adds nothing to its input."""
+    found = [value for key, value in read_checkpoint(path)['net'].items()
+             if key.startswith('emau.') and key.endswith('.weight')
+             and value.dim() == 1]
+    return f'{torch.cat(found).abs().mean():.4f}' if found else ''
 
 
 def record_curve(folder, key):

@@ -205,6 +205,13 @@ def read_costs(folder):
     return costs
 
 
+def read_unit_weights(folder, name):
+    """Return what runs.csv has of the weights of a long run's unit."""
+    return [float(row['unit_weight']) for row in read_rows(folder, 'runs.csv')
+            if row['name'].startswith(f'camvid.long.{name}.')
+            and row.get('unit_weight')]
+
+
 def print_table(head, rows):
     print('\n' + markdown_table(head, rows))
 
@@ -300,16 +307,19 @@ def print_training(args):
                 'val_mIoU', 'val_mIoU_average', 'loss', 's_a_step'))
         steps = [np.median([y for _, y in curve]) for curve in seconds]
         memory = costs.get(f'camvid.long.{name}', [])
+        units = read_unit_weights(args.to, name)
         rows.append([
             name, *(describe_spread([final_rise(curve) for curve in each])
                     for each in (curves, average)),
             describe_spread([curve[-1][1] for curve in loss]),
             describe_spread(steps),
-            f'{np.mean([mb for _, mb in memory]):.0f}' if memory else '-'])
+            f'{np.mean([mb for _, mb in memory]):.0f}' if memory else '-',
+            f'{np.mean(units):.4f}' if units else '-'])
     print('\nTraining: rise of mIoU on val over the last fifth of the steps, '
-          'in points; loss since the validation before the last')
+          'in points; loss since the validation before the last; mean size '
+          "of the weights of the unit's last batch norm at the end")
     print_table(['camvid', 'rise, net', 'rise, average', 'loss', 's a step',
-                 'MB'], rows)
+                 'MB', 'weight of the unit'], rows)
 
 
 def draw_curves(args):
