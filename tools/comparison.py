@@ -48,7 +48,7 @@ LONG_SCORED = {'test': {'VAL_SPLIT': 'test', **SINGLE},
 PAIRS = (('ema', 'no_ema'), ('nonlocal', 'no_ema'), ('learned', 'ema'),
          ('grad', 'ema'), ('zero', 'ema'), ('zero', 'no_ema'),
          ('zero', 'nonlocal'), ('ema_2400', 'ema'),
-         ('ema_2400', 'no_ema_2400'))
+         ('no_ema_2400', 'no_ema'), ('ema_2400', 'no_ema_2400'))
 STAGES = range(1, 9)        # T in evaluation
 WEIGHTS = 'net', 'average'
 
