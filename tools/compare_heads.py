@@ -11,10 +11,10 @@ lack layers), output stride 16, images at half their size, the same number of
 steps for all. Each run is train.py, then eval.py single-scale and, for the
 heads, with several scales and flip, in DIR/models and DIR/logdir.
 
---long: EMANet, and what its unit is compared with, on CamVid until the curves
-are flat, with averaged weights, scored on the test split, and EMANet at T = 1
-to 8 in evaluation. Runs of one seed start from the same weights and read the
-same images in the same order.
+--long: EMANet, and what its unit is compared with, on CamVid for ten times the
+steps and more, with averaged weights, scored on the test split, and EMANet at
+T = 1 to 8 in evaluation. Runs of one seed start from the same weights and read
+the same images in the same order.
 
 DIR (`compare`) keeps results.csv, which eval.py writes, runs.csv (seconds and
 memory of training; of a run that was resumed, of its last part; the weight of

@@ -196,20 +196,18 @@ def final_rise(curve):
 
 
 # ------------------------------------------------- tables
-def read_costs(folder):
-    """Return {'SET.NAME': [(seconds, MB) of each seed]} of runs.csv."""
-    costs = {}
+def read_runs(folder):
+    """Return {'SET.NAME': [row of each seed]} of runs.csv."""
+    runs = {}
     for row in read_rows(folder, 'runs.csv'):
-        costs.setdefault(row['name'].rpartition('.')[0], []).append(
-            (float(row['seconds']), float(row['memory_MB'])))
-    return costs
+        runs.setdefault(row['name'].rpartition('.')[0], []).append(row)
+    return runs
 
 
-def read_unit_weights(folder, name):
-    """Return what runs.csv has of the weights of a long run's unit."""
-    return [float(row['unit_weight']) for row in read_rows(folder, 'runs.csv')
-            if row['name'].startswith(f'camvid.long.{name}.')
-            and row.get('unit_weight')]
+def describe_mean(rows, column, digits=0):
+    """Return the mean of a column, '-' where no row has it."""
+    found = [float(row[column]) for row in rows if row.get(column)]
+    return f'{np.mean(found):.{digits}f}' if found else '-'
 
 
 def print_table(head, rows):
@@ -218,7 +216,7 @@ def print_table(head, rows):
 
 def print_short(args):
     """Print the tables of every head and switch."""
-    costs, known = read_costs(args.to), read_results(args.to)
+    runs, known = read_runs(args.to), read_results(args.to)
     cells = {}                          # {(data, name, flip): [mIoU]}
     for run in plan_short(args.seeds):
         for scoring in run.scorings:
@@ -228,12 +226,12 @@ def print_short(args):
     for data, names in SET_HEADS.items():
         rows = []
         for head in names:
-            cost = costs.get(f'{data}.{head}')
+            found = runs.get(f'{data}.{head}', [])
             rows.append([
                 head, *(describe_range(cells[data, head, flip])
                         for flip in (False, True)),
-                *([f'{mean:.0f}' for mean in np.mean(cost, 0)]
-                  if cost else ['-', '-'])])
+                describe_mean(found, 'seconds'),
+                describe_mean(found, 'memory_MB')])
         print_table([data, 'single-scale mIoU, %', 'MS + flip mIoU, %',
                      's a run', 'MB'], rows)
     rows = [['the default: T = 3, moving_avg, l2, no gradient',
@@ -300,21 +298,20 @@ def print_long(args):
 
 def print_training(args):
     """Print what the long runs cost, and whether their curves are flat."""
-    costs, rows = read_costs(args.to), []
+    runs, rows = read_runs(args.to), []
     for name in LONG_HEADS:
         curves, average, loss, seconds = (
             long_curves(args, name, column) for column in (
                 'val_mIoU', 'val_mIoU_average', 'loss', 's_a_step'))
         steps = [np.median([y for _, y in curve]) for curve in seconds]
-        memory = costs.get(f'camvid.long.{name}', [])
-        units = read_unit_weights(args.to, name)
+        found = runs.get(f'camvid.long.{name}', [])
         rows.append([
             name, *(describe_spread([final_rise(curve) for curve in each])
                     for each in (curves, average)),
             describe_spread([curve[-1][1] for curve in loss]),
             describe_spread(steps),
-            f'{np.mean([mb for _, mb in memory]):.0f}' if memory else '-',
-            f'{np.mean(units):.4f}' if units else '-'])
+            describe_mean(found, 'memory_MB'),
+            describe_mean(found, 'unit_weight', 4)])
     print('\nTraining: rise of mIoU on val over the last fifth of the steps, '
           'in points; loss since the validation before the last; mean size '
           "of the weights of the unit's last batch norm at the end")
